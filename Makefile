@@ -76,6 +76,10 @@ check-scripts:
 	  echo 'check-scripts: SKIPPED, shellcheck is not installed' >&2; \
 	fi
 
+.PHONY: code-lines
+code-lines: ## print the lines of production code, by capability
+	cargo test --locked --quiet --test fast -- --nocapture every_module_belongs_to_a_capability
+
 .PHONY: metrics-page
 metrics-page: ## write docs/metrics.md from the metrics of the code
 	LIGHTERMAN_WRITE_METRICS_PAGE=1 cargo test --locked --quiet --test fast -- the_metrics_page_lists_every_metric

@@ -37,11 +37,11 @@ fn main() {
 
 /// Lets criterion measure `work`, which handles this number of things per call. Prints the time per
 /// thing in nanoseconds.
-fn measure(criterion: &mut Criterion, name: &str, things: usize, mut work: impl FnMut()) {
+fn measure(criterion: &mut Criterion, name: &str, operations: usize, mut work: impl FnMut()) {
     measure_some(criterion, name, || {
         let began = Instant::now();
         work();
-        (began.elapsed(), things)
+        (began.elapsed(), operations)
     });
 }
 
@@ -50,21 +50,21 @@ fn measure_some(criterion: &mut Criterion, name: &str, mut work: impl FnMut() ->
     let mut samples = Vec::new();
     criterion.bench_function(name, |bencher| {
         bencher.iter_custom(|times| {
-            let (mut took, mut things) = (Duration::ZERO, 0);
+            let (mut took, mut operations) = (Duration::ZERO, 0);
             for _ in 0..times {
-                let (longer, more) = work();
-                (took, things) = (took + longer, things + more);
+                let (elapsed, count) = work();
+                (took, operations) = (took + elapsed, operations + count);
             }
-            samples.push(took.as_nanos() as f64 / things as f64);
+            samples.push(took.as_nanos() as f64 / operations as f64);
             took
         });
     });
     // The first samples warm up.
-    let mut counting = samples.split_off(samples.len().saturating_sub(SAMPLES));
-    counting.sort_by(f64::total_cmp);
+    let mut last_samples = samples.split_off(samples.len().saturating_sub(SAMPLES));
+    last_samples.sort_by(f64::total_cmp);
     // `None` if an argument selected other benchmarks.
-    if let Some(median) = counting.get(counting.len() / 2) {
-        println!("figure {name} {median:.1} (ns, median of {} samples)", counting.len());
+    if let Some(median) = last_samples.get(last_samples.len() / 2) {
+        println!("figure {name} {median:.1} (ns, median of {} samples)", last_samples.len());
     }
 }
 
@@ -121,29 +121,29 @@ fn inventory(criterion: &mut Criterion) {
     let mut inventory = Inventory::default();
     for peer in &peers {
         inventory.up(peer.clone());
-        let held = rand::seq::index::sample(&mut rng, IMAGES, IMAGES_PER_PEER);
-        inventory.replace(peer.id, held.into_iter().flat_map(|image| images[image].clone()));
+        let sampled = rand::seq::index::sample(&mut rng, IMAGES, IMAGES_PER_PEER);
+        inventory.replace(peer.id, sampled.into_iter().flat_map(|image| images[image].clone()));
     }
     println!("inventory: {} peers x {IMAGES_PER_PEER} images, {} different items", peers.len(), inventory.items());
     // An image is added to and removed from a node, at another node each time.
     let new = image(IMAGES);
     let added: Vec<_> = new.iter().cloned().map(InventoryChange::Added).collect();
     let removed: Vec<_> = new.iter().cloned().map(InventoryChange::Removed).collect();
-    let mut turn = peers.iter().cycle();
+    let mut next_peers = peers.iter().cycle();
     measure(criterion, "inventory_update_ns", 2 * ITEMS_PER_IMAGE, || {
-        let Some(peer) = turn.next() else { return };
+        let Some(peer) = next_peers.next() else { return };
         inventory.change(peer.id, added.clone());
         inventory.change(peer.id, removed.clone());
     });
-    let mut asked = images.iter().cycle();
+    let mut next_images = images.iter().cycle();
     measure(criterion, "inventory_lookup_ns", 1, || {
-        if let Some([.., InventoryItem::Blob(digest), _, _]) = asked.next().map(Vec::as_slice) {
+        if let Some([.., InventoryItem::Blob(digest), _, _]) = next_images.next().map(Vec::as_slice) {
             black_box(inventory.blob_providers(*digest));
         }
     });
-    let (repository, root) = (repository(7), blob(7, 0));
+    let (repository, digest) = (repository(7), blob(7, 0));
     measure(criterion, "inventory_providers_ns", 1, || {
-        black_box(inventory.image_providers(&repository, root));
+        black_box(inventory.image_providers(&repository, digest));
     });
     measure(criterion, "inventory_replace_ns", 1, || {
         inventory.replace(peers[0].id, images[..IMAGES_PER_PEER].iter().flatten().cloned());
@@ -161,9 +161,9 @@ fn repository(image: usize) -> Repository {
 /// The items of an image, with the last layer and the names at the end.
 fn image(number: usize) -> Vec<InventoryItem> {
     let mut parts: Vec<_> = (0..ITEMS_PER_IMAGE - 2).map(|part| InventoryItem::Blob(blob(number, part))).collect();
-    let root = blob(number, 0);
-    parts.push(InventoryItem::Image(repository(number), Some(format!("v1.{number}.0")), root));
-    parts.push(InventoryItem::Image(repository(number), None, root));
+    let digest = blob(number, 0);
+    parts.push(InventoryItem::Image(repository(number), Some(format!("v1.{number}.0")), digest));
+    parts.push(InventoryItem::Image(repository(number), None, digest));
     parts
 }
 
@@ -235,22 +235,22 @@ const LAYERS: [u64; 4] = [4, 3, 2, 1];
 
 fn pick_all_pieces() -> FetchCost {
     let mut now = Instant::now();
-    let mut pool = PiecePicker::new(None, 1);
-    let holders: Vec<_> = (0..40)
+    let mut picker = PiecePicker::new(None, 1);
+    let providers: Vec<_> = (0..40)
         .map(|number| Provider { peer: peer(number).id, zone: None, is_whole: number % 2 == 0, standing: 0 })
         .collect();
     for (number, gib) in LAYERS.into_iter().enumerate() {
         let (digest, layout) = (blob(0, number), PieceLayout::for_size(gib << 30));
-        pool.add_blob(digest, layout);
-        pool.mark_hash_chain_ready(digest);
-        pool.set_providers(digest, &holders);
+        picker.add_blob(digest, layout);
+        picker.mark_hash_chain_ready(digest);
+        picker.set_providers(digest, &providers);
     }
-    for neighbor in pool.take_follow_changes(now) {
-        let FollowChange::Follow { peer, digest } = neighbor else { continue };
-        let is_whole = holders.iter().any(|holder| holder.peer == peer && holder.is_whole);
+    for change in picker.take_follow_changes(now) {
+        let FollowChange::Follow { peer, digest } = change else { continue };
+        let is_whole = providers.iter().any(|provider| provider.peer == peer && provider.is_whole);
         let mut half = Bits::none_of(512);
         (0..512).step_by(2).for_each(|piece| half.set(piece));
-        pool.record_piece_map(
+        picker.record_piece_map(
             peer,
             digest,
             &if is_whole { PieceMapUpdate::HaveAll } else { PieceMapUpdate::Map(half) },
@@ -259,9 +259,9 @@ fn pick_all_pieces() -> FetchCost {
     }
     let mut fetched = FetchCost::default();
     let mut in_flight = VecDeque::new();
-    while !pool.is_complete() {
+    while !picker.is_complete() {
         let began = Instant::now();
-        let request = pool.next_request(now);
+        let request = picker.next_request(now);
         fetched.deciding += began.elapsed();
         fetched.decisions += 1;
         if let Some(request) = request {
@@ -272,16 +272,16 @@ fn pick_all_pieces() -> FetchCost {
         let Some(request) = in_flight.pop_front() else { break };
         for piece in request.request.pieces.iter().take(request.request.limit.into()) {
             now += Duration::from_millis(1);
-            pool.begin_piece(request.id, *piece, now);
-            pool.record_bytes(request.id, request.request.layout.piece_length(*piece as usize), now);
-            pool.complete_piece(request.id, *piece, now);
-            pool.record_verified_piece(request.request.peer, request.request.digest);
+            picker.begin_piece(request.id, *piece, now);
+            picker.record_bytes(request.id, request.request.layout.piece_length(*piece as usize), now);
+            picker.complete_piece(request.id, *piece, now);
+            picker.record_verified_piece(request.request.peer, request.request.digest);
             fetched.pieces += 1;
         }
-        pool.end_request(request.id, RequestEnd::Done, now);
-        pool.take_cancellations();
+        picker.end_request(request.id, RequestEnd::Done, now);
+        picker.take_cancellations();
     }
-    assert!(pool.is_complete(), "all pieces are fetched, not only {}", fetched.pieces);
+    assert!(picker.is_complete(), "all pieces are fetched, not only {}", fetched.pieces);
     fetched
 }
 
@@ -289,19 +289,19 @@ fn pick_all_pieces() -> FetchCost {
 fn serving_slots(criterion: &mut Criterion) {
     let mut slots = UploadSlots::new(8, 16);
     let peers: Vec<_> = (0..250).map(|number| peer(number).id).collect();
-    let mut asking = HashMap::new();
+    let mut queued = HashMap::new();
     for number in 0..1000 {
         let (peer, digest) = (peers[number % peers.len()], blob(number % 10, 0));
-        asking.insert(slots.enqueue(peer, digest, 100).expect("there is room"), (peer, digest));
+        queued.insert(slots.enqueue(peer, digest, 100).expect("there is room"), (peer, digest));
     }
     measure(criterion, "slots_turn_ns", 1, || {
         let Some(ticket) = slots.start_next() else { return };
         slots.record_sent(ticket, 8 << 20);
         slots.remove(ticket);
-        if let Some((peer, digest)) = asking.remove(&ticket)
+        if let Some((peer, digest)) = queued.remove(&ticket)
             && let Ok(ticket) = slots.enqueue(peer, digest, 100)
         {
-            asking.insert(ticket, (peer, digest));
+            queued.insert(ticket, (peer, digest));
         }
     });
 }

@@ -11,8 +11,8 @@ const DOCUMENTATION_ADDRESSES: [IpAddr; 2] =
 /// nothing and the result is false.
 pub fn is_local_address(address: IpAddr) -> bool {
     let can_bind = |address: IpAddr| UdpSocket::bind((address, 0)).is_ok();
-    let no_node_has = DOCUMENTATION_ADDRESSES.iter().filter(|other| other.is_ipv4() == address.is_ipv4());
-    can_bind(address) && !no_node_has.copied().any(can_bind)
+    let unassigned = DOCUMENTATION_ADDRESSES.iter().filter(|other| other.is_ipv4() == address.is_ipv4());
+    can_bind(address) && !unassigned.copied().any(can_bind)
 }
 
 /// Whether the kernel has IPv6 and an interface has an IPv6 address. With

@@ -125,7 +125,7 @@ impl Agent {
             metrics,
         };
         let downloads = Downloads::default();
-        let (own_zone, zone_here) = watch::channel(zone.clone());
+        let (own_zone, zone_changes) = watch::channel(zone.clone());
         let (image_records_in, image_records) = watch::channel(None);
         let (images_in, images) = watch::channel(None);
         let (forward, forwarded_events) = mpsc::channel(POD_EVENTS_QUEUED);
@@ -157,7 +157,7 @@ impl Agent {
             fetcher: Arc::new(FallbackFetcher::new(quic, context.metrics.clone())),
             inventory: context.inventory.clone(),
             downloads: downloads.clone(),
-            zone: zone_here,
+            zone: zone_changes,
             registry: Arc::clone(&registry),
             cluster: Arc::clone(&cluster),
             claims: Arc::clone(&claims),

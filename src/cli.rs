@@ -91,9 +91,9 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
     let text = error.render().to_string();
     let lines: Vec<_> = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:")).collect();
-    let said = lines.iter().filter(|line| !line.is_empty() && !line.starts_with("For more information"));
-    let said = said.map(|line| line.trim_start_matches("error: ")).collect::<Vec<_>>().join(" ");
-    fail_usage(&said)
+    let message = lines.iter().filter(|line| !line.is_empty() && !line.starts_with("For more information"));
+    let message = message.map(|line| line.trim_start_matches("error: ")).collect::<Vec<_>>().join(" ");
+    fail_usage(&message)
 }
 
 fn fail_usage(message: &str) -> ExitCode {

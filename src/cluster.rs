@@ -134,9 +134,9 @@ pub async fn connect(config: Config) -> Result<KubeCluster, ConnectError> {
     let Config { node, k8s_namespace, pod_name, pod_uid, service_account, kubeconfig, start_jitter } = config;
     let mut settings = match kubeconfig {
         Some(path) => {
-            let at = |source| ConnectError::Kubeconfig { path: path.clone(), source: Box::new(source) };
-            let file = Kubeconfig::read_from(&path).map_err(at)?;
-            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(at)?
+            let kubeconfig_error = |source| ConnectError::Kubeconfig { path: path.clone(), source: Box::new(source) };
+            let file = Kubeconfig::read_from(&path).map_err(kubeconfig_error)?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(kubeconfig_error)?
         }
         None => kube::Config::incluster_env().map_err(ConnectError::InCluster)?,
     };
@@ -154,21 +154,21 @@ pub async fn connect(config: Config) -> Result<KubeCluster, ConnectError> {
     // (src/transfer/tls.rs). A second call changes nothing.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let client = Client::try_from(settings).map_err(|error| ConnectError::Client(Box::new(error)))?;
-    let own = AgentPod { node, k8s_namespace, pod_name, pod_uid, service_account };
-    Ok(KubeCluster::new(client, own, start_jitter))
+    let agent_pod = AgentPod { node, k8s_namespace, pod_name, pod_uid, service_account };
+    Ok(KubeCluster::new(client, agent_pod, start_jitter))
 }
 
 impl KubeCluster {
-    fn new(client: Client, own: AgentPod, start_jitter: Duration) -> Self {
+    fn new(client: Client, agent_pod: AgentPod, start_jitter: Duration) -> Self {
         Self {
             namespaces: namespaces::Namespaces::new(client.clone()),
             owners: owners::Owners::new(client.clone()),
             mirror_pods: mirror_pods::MirrorPods::default(),
             own_pod: own_image::OwnPodTracker::default(),
-            events: events::EventRecorder::new(client.clone(), own.node.clone()),
+            events: events::EventRecorder::new(client.clone(), agent_pod.node.clone()),
             synced: watch::Sender::new(false),
             client,
-            agent_pod: own,
+            agent_pod,
             start_jitter,
         }
     }

@@ -172,7 +172,7 @@ impl AgentArgs {
             eviction_percent,
             grace_period,
         } = self;
-        let admitting = match (admission, allow_peer.is_empty(), (tls_cert, tls_key, tls_ca)) {
+        let admission_mode = match (admission, allow_peer.is_empty(), (tls_cert, tls_key, tls_ca)) {
             (AdmissionKind::Static, false, (None, None, None)) => AdmissionMode::Static(allow_peer),
             (AdmissionKind::Static, true, _) => return conflict("--admission static needs --allow-peer"),
             (_, false, _) => return conflict("--allow-peer needs --admission static"),
@@ -237,7 +237,7 @@ impl AgentArgs {
                 secret_file: webhook_secret_file,
                 ca_file,
             }),
-            admission: admitting,
+            admission: admission_mode,
             settings: Settings {
                 node: node_name,
                 admin_listen,
@@ -317,8 +317,8 @@ mod tests {
     }
 
     fn config(flags: &[&str]) -> Result<Config, ConfigError> {
-        let always = ["agent", "--node-name", "here", "--pod-name", "agent-1"];
-        Command::parse_from(always.iter().chain(flags)).agent.into_config()
+        let required = ["agent", "--node-name", "here", "--pod-name", "agent-1"];
+        Command::parse_from(required.iter().chain(flags)).agent.into_config()
     }
 
     #[test]
@@ -344,13 +344,13 @@ mod tests {
     #[test]
     fn retained_bytes_are_a_quantity_or_a_share_of_the_disk() {
         let retain = |flags: &[&str]| config(flags).unwrap().settings.retain;
-        let usual = RetainOptions {
+        let expected = RetainOptions {
             layers: RetainLayers::OptedIn,
             bytes: RetainBytes::Percent(20),
             fetch: FetchFrom::Registry,
             fetch_rate: 8 << 20,
         };
-        assert_eq!(retain(&[]), usual);
+        assert_eq!(retain(&[]), expected);
         let flags =
             ["--retain-layers", "all", "--retain-bytes", "20Gi", "--retain-fetch", "none", "--retain-fetch-rate", "0"];
         let all = RetainOptions {
@@ -360,12 +360,12 @@ mod tests {
             fetch_rate: 0,
         };
         assert_eq!(retain(&flags), all);
-        for (word, fetch) in [("true", FetchFrom::Peers), ("false", FetchFrom::None), ("peers", FetchFrom::Peers)] {
-            assert_eq!(retain(&["--retain-fetch", word]).fetch, fetch, "{word}");
+        for (value, fetch) in [("true", FetchFrom::Peers), ("false", FetchFrom::None), ("peers", FetchFrom::Peers)] {
+            assert_eq!(retain(&["--retain-fetch", value]).fetch, fetch, "{value}");
         }
-        for wrong in ["91%", "%", "-1", "20 %", "much"] {
-            let flags = ["agent", "--node-name", "here", "--pod-name", "a", "--retain-bytes", wrong];
-            assert!(Command::try_parse_from(flags).is_err(), "{wrong}");
+        for invalid in ["91%", "%", "-1", "20 %", "much"] {
+            let flags = ["agent", "--node-name", "here", "--pod-name", "a", "--retain-bytes", invalid];
+            assert!(Command::try_parse_from(flags).is_err(), "{invalid}");
         }
     }
 

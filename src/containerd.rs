@@ -94,7 +94,7 @@ fn listed(paths: &[PathBuf]) -> String {
 /// are removed soon.
 #[derive(Clone)]
 pub struct ContainerdStore {
-    link: ContainerdClient,
+    client: ContainerdClient,
     state: Arc<State>,
 }
 
@@ -148,7 +148,7 @@ impl ContainerdStore {
             abandoned: Notify::new(),
             label_lock: tokio::sync::Mutex::new(()),
         };
-        Ok(Self { link: ContainerdClient::new(socket, &containerd_namespace)?, state: Arc::new(state) })
+        Ok(Self { client: ContainerdClient::new(socket, &containerd_namespace)?, state: Arc::new(state) })
     }
 
     /// Verifies that containerd answers, and returns containerd's version.
@@ -156,12 +156,12 @@ impl ContainerdStore {
     /// # Errors
     /// [`StoreError::Unavailable`] without an answer.
     pub async fn ready(&self) -> Result<String, StoreError> {
-        let mut client = VersionClient::new(self.link.channel());
-        let answer = self.link.call_within(READY_DEADLINE, client.version(())).await;
-        answer.map(|answer| answer.version).map_err(|status| self.link.store_error(&status))
+        let mut client = VersionClient::new(self.client.channel());
+        let answer = self.client.call_within(READY_DEADLINE, client.version(())).await;
+        answer.map(|answer| answer.version).map_err(|status| self.client.store_error(&status))
     }
 
-    fn changed(&self) {
+    fn record_change(&self) {
         self.state.changes.send_modify(|changes| *changes += 1);
     }
 }
@@ -190,8 +190,8 @@ impl ContentStore for ContainerdStore {
         Ok(Arc::new(self.begin_staged(digest, size, pin).await?))
     }
 
-    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
-        self.add_labels(digest, remembered).await
+    async fn add_metadata(&self, digest: Digest, metadata: &BlobMetadata) -> Result<(), StoreError> {
+        self.add_labels(digest, metadata).await
     }
 
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {

@@ -136,8 +136,8 @@ impl ControlServer {
             }
         }
         drop(socket);
-        let last_words = async { while serving.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(DRAIN_TIMEOUT, last_words).await;
+        let drained = async { while serving.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, drained).await;
         serving.shutdown().await;
     }
 }
@@ -177,7 +177,7 @@ async fn serve_pull(State(shared): State<ControlState>, body: Body) -> Response 
         }
     };
     let PullBody { reference, dry_run } = match serde_json::from_slice(&body) {
-        Ok(ask) => ask,
+        Ok(pull_body) => pull_body,
         Err(error) => return error_response(StatusCode::BAD_REQUEST, error.to_string()),
     };
     let reference: Reference = match reference.parse() {

@@ -57,30 +57,30 @@ pub fn file_system_below_overlay(folder: &Path) -> io::Result<Option<FileSystem>
 
 fn measure(folder: &Path) -> io::Result<FileSystem> {
     let stat = nix::sys::statvfs::statvfs(folder)?;
-    let unit = stat.fragment_size();
-    Ok(FileSystem { device: None, free: stat.blocks_available() * unit, total: stat.blocks() * unit })
+    let block_size = stat.fragment_size();
+    Ok(FileSystem { device: None, free: stat.blocks_available() * block_size, total: stat.blocks() * block_size })
 }
 
 /// Reads a file of at most `most` bytes that only this process's user can read or write.
 ///
 /// # Errors
 /// Errors of the file system, and a file of a wrong type, owner, mode or size.
-pub fn read_private(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+pub fn read_private(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     // Follows no link, and does not wait for the writer of a pipe.
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    let found = file.metadata()?;
-    let wrong = match (found.is_file(), found.uid() == geteuid().as_raw(), found.mode() & 0o077) {
+    let metadata = file.metadata()?;
+    let rejection = match (metadata.is_file(), metadata.uid() == geteuid().as_raw(), metadata.mode() & 0o077) {
         (false, ..) => Some("the path is no regular file".to_owned()),
-        (_, false, _) => Some(format!("the file belongs to user {}", found.uid())),
-        (.., 0) => (found.len() > most).then(|| format!("the file has more than {most} bytes")),
-        _ => Some(format!("the file has mode {:o} instead of 600", found.mode() & 0o777)),
+        (_, false, _) => Some(format!("the file belongs to user {}", metadata.uid())),
+        (.., 0) => (metadata.len() > limit).then(|| format!("the file has more than {limit} bytes")),
+        _ => Some(format!("the file has mode {:o} instead of 600", metadata.mode() & 0o777)),
     };
-    if let Some(wrong) = wrong {
-        return Err(io::Error::other(wrong));
+    if let Some(rejection) = rejection {
+        return Err(io::Error::other(rejection));
     }
     let mut bytes = Vec::new();
-    file.take(most).read_to_end(&mut bytes)?;
+    file.take(limit).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
@@ -129,15 +129,15 @@ impl BlobReader for FileReader {
         self.size
     }
 
-    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        let read = read_within(&self.file, self.size, offset, most).await;
+    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
+        let read = read_within(&self.file, self.size, offset, limit).await;
         read.map_err(|error| StoreError::Other(format!("reading the file of {} at {offset}: {error}", self.digest)))
     }
 }
 
 /// Reads of a file of `size` bytes, at most [`MAX_READ`] at once.
-async fn read_within(file: &Arc<File>, size: u64, offset: u64, most: usize) -> io::Result<Bytes> {
+async fn read_within(file: &Arc<File>, size: u64, offset: u64, limit: usize) -> io::Result<Bytes> {
     let rest = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
-    let length = most.min(rest).min(MAX_READ);
+    let length = limit.min(rest).min(MAX_READ);
     if length == 0 { Ok(Bytes::new()) } else { cached_read::read_exact_at(file, offset, length).await }
 }

@@ -189,11 +189,11 @@ impl HttpResponse {
     /// # Errors
     /// [`HttpError::BodyTooLong`], or [`HttpError::Unreachable`] when the connection ends before
     /// the body.
-    pub async fn read(mut self, most: usize) -> Result<Bytes, HttpError> {
+    pub async fn read(mut self, limit: usize) -> Result<Bytes, HttpError> {
         let mut read = BytesMut::new();
         while let Some(data) = self.chunk().await? {
-            if read.len() + data.len() > most {
-                return Err(HttpError::BodyTooLong(most));
+            if read.len() + data.len() > limit {
+                return Err(HttpError::BodyTooLong(limit));
             }
             read.extend_from_slice(&data);
         }
@@ -249,13 +249,13 @@ fn interleave_families(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
     let (first, second): (Vec<_>, Vec<_>) = addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
     let (mut first, mut second) = (first.into_iter(), second.into_iter());
-    let mut order = Vec::new();
+    let mut interleaved = Vec::new();
     loop {
-        let before = order.len();
-        order.extend(first.next());
-        order.extend(second.next());
-        if order.len() == before {
-            return order;
+        let before = interleaved.len();
+        interleaved.extend(first.next());
+        interleaved.extend(second.next());
+        if interleaved.len() == before {
+            return interleaved;
         }
     }
 }

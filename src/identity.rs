@@ -207,10 +207,10 @@ pub fn libp2p_peer_id(peer: PeerId) -> libp2p_identity::PeerId {
 /// and for another kind of key.
 pub fn peer_of_certificate(
     certificate: &CertificateDer<'_>,
-    more: &[CertificateDer<'_>],
+    intermediates: &[CertificateDer<'_>],
 ) -> Result<PeerId, CertificateError> {
     let parsed = certificate::parse(certificate).map_err(|_| CertificateError::BadEncoding)?;
-    let peer = peer_id_of(&parsed.peer_id()).filter(|_| more.is_empty());
+    let peer = peer_id_of(&parsed.peer_id()).filter(|_| intermediates.is_empty());
     peer.ok_or(CertificateError::ApplicationVerificationFailure)
 }
 
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_a_changed_certificate_and_another_kind_of_key_are_refused() {
+    fn a_chain_a_changed_certificate_and_another_kind_of_key_are_rejected() {
         let (certificate, _) = certificate::generate(&Identity::generate().keypair()).unwrap();
         assert!(peer_of_certificate(&certificate, std::slice::from_ref(&certificate)).is_err(), "a chain");
         for at in (0..certificate.len()).step_by(7) {
@@ -264,21 +264,21 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_was_copied_to_another_node_is_replaced_there_and_kept_here() {
+    fn a_key_that_was_copied_to_another_node_is_replaced_on_that_node_alone() {
         let (golden, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (first, second): (NodeName, NodeName) = ("n1".parse().unwrap(), "n2".parse().unwrap());
-        let [here, there] = [&golden, &other].map(|folder| folder.path().join("identity.key"));
-        let made = Identity::load_or_create_for_node(&here, &first).unwrap();
+        let [original, copy] = [&golden, &other].map(|folder| folder.path().join("identity.key"));
+        let made = Identity::load_or_create_for_node(&original, &first).unwrap();
         for file in ["identity.key", "identity.node"] {
             std::fs::copy(golden.path().join(file), other.path().join(file)).unwrap();
         }
-        let copied = Identity::load_or_create_for_node(&there, &second).unwrap();
+        let copied = Identity::load_or_create_for_node(&copy, &second).unwrap();
         assert_ne!(copied.peer_id(), made.peer_id());
         for _ in 0..2 {
-            assert_eq!(Identity::load_or_create_for_node(&here, &first).unwrap().peer_id(), made.peer_id());
-            assert_eq!(Identity::load_or_create_for_node(&there, &second).unwrap().peer_id(), copied.peer_id(), "once");
+            assert_eq!(Identity::load_or_create_for_node(&original, &first).unwrap().peer_id(), made.peer_id());
+            assert_eq!(Identity::load_or_create_for_node(&copy, &second).unwrap().peer_id(), copied.peer_id(), "once");
         }
-        assert_eq!(std::fs::metadata(&there).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::metadata(&copy).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_others_can_read_is_refused() {
+    fn a_key_that_others_can_read_is_rejected() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("identity.key");
         Identity::load_or_create(&path).unwrap();
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_key_is_refused_and_left_alone() {
+    fn a_file_that_is_no_key_is_rejected_and_kept() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("identity.key");
         let mut options = std::fs::OpenOptions::new();

@@ -52,7 +52,7 @@ struct Folder {
     lock: Mutex<()>,
     writing: Mutex<HashSet<Digest>>,
     changes: watch::Sender<u64>,
-    _owned: Flock<File>,
+    _folder_lock: Flock<File>,
 }
 
 /// Reason why the folder cannot be used.
@@ -88,26 +88,26 @@ impl LayoutStore {
     /// # Errors
     /// [`LayoutError`]; a folder with files of another kind stays unchanged.
     pub fn open(root: &Path) -> Result<Self, LayoutError> {
-        let at = |source| LayoutError::Io { root: root.to_owned(), source };
-        fs::create_dir_all(root).map_err(at)?;
-        let owned = match Flock::lock(File::open(root).map_err(at)?, FlockArg::LockExclusiveNonblock) {
-            Ok(owned) => owned,
+        let layout_error = |source| LayoutError::Io { root: root.to_owned(), source };
+        fs::create_dir_all(root).map_err(layout_error)?;
+        let folder_lock = match Flock::lock(File::open(root).map_err(layout_error)?, FlockArg::LockExclusiveNonblock) {
+            Ok(folder_lock) => folder_lock,
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => return Err(LayoutError::InUse(root.to_owned())),
-            Err((_, errno)) => return Err(at(errno.into())),
+            Err((_, errno)) => return Err(layout_error(errno.into())),
         };
-        let is_layout = root.join(LAYOUT_FILE).try_exists().map_err(at)?;
-        if !is_layout && fs::read_dir(root).map_err(at)?.next().is_some() {
+        let is_layout = root.join(LAYOUT_FILE).try_exists().map_err(layout_error)?;
+        if !is_layout && fs::read_dir(root).map_err(layout_error)?.next().is_some() {
             return Err(LayoutError::Foreign(root.to_owned()));
         }
-        prepare(root).map_err(at)?;
+        prepare(root).map_err(layout_error)?;
         let folder = Folder {
             root: root.to_owned(),
             lock: Mutex::new(()),
             writing: Mutex::new(HashSet::new()),
             changes: watch::Sender::new(0),
-            _owned: owned,
+            _folder_lock: folder_lock,
         };
-        folder.collect(&folder.lock()).map_err(|error| at(io::Error::other(error)))?;
+        folder.collect(&folder.lock()).map_err(|error| layout_error(io::Error::other(error)))?;
         Ok(Self { folder: Arc::new(folder) })
     }
 
@@ -173,7 +173,7 @@ impl Folder {
         self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn changed(&self) {
+    fn record_change(&self) {
         self.changes.send_modify(|changes| *changes += 1);
     }
 
@@ -257,12 +257,12 @@ impl ContentStore for LayoutStore {
         Ok(Arc::new(staged.await?))
     }
 
-    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
-        let remembered = remembered.clone();
+    async fn add_metadata(&self, digest: Digest, metadata: &BlobMetadata) -> Result<(), StoreError> {
+        let metadata = metadata.clone();
         self.blocking(move |folder| {
-            let changing = folder.lock();
+            let folder_guard = folder.lock();
             folder.require_blob(digest)?;
-            folder.add_metadata(&changing, digest, &remembered)
+            folder.add_metadata(&folder_guard, digest, &metadata)
         })
         .await
     }
@@ -270,14 +270,14 @@ impl ContentStore for LayoutStore {
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
         let pin = pin.clone();
         self.blocking(move |folder| {
-            let changing = folder.lock();
+            let folder_guard = folder.lock();
             for child in folder.metadata(digest)?.children {
-                folder.add_to_pin(&changing, &pin, child)?;
+                folder.add_to_pin(&folder_guard, &pin, child)?;
             }
             let path = blob_path(&folder.root, digest);
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error(&path, &error)),
-                _ => folder.changed(),
+                _ => folder.record_change(),
             }
             Ok(())
         })
@@ -291,12 +291,12 @@ impl ContentStore for LayoutStore {
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
         let record = record.clone();
         self.blocking(move |folder| {
-            let changing = folder.lock();
+            let folder_guard = folder.lock();
             folder.require_blob(record.target.digest)?;
             let mut index = IndexFile::read(folder)?;
             index.put(&record);
-            index.write(&changing, folder)?;
-            folder.changed();
+            index.write(&folder_guard, folder)?;
+            folder.record_change();
             Ok(())
         })
         .await
@@ -305,11 +305,11 @@ impl ContentStore for LayoutStore {
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
         let name = name.to_owned();
         self.blocking(move |folder| {
-            let changing = folder.lock();
+            let folder_guard = folder.lock();
             let mut index = IndexFile::read(folder)?;
             if index.remove(&name, target) {
-                index.write(&changing, folder)?;
-                folder.changed();
+                index.write(&folder_guard, folder)?;
+                folder.record_change();
             }
             Ok(())
         })
@@ -332,10 +332,10 @@ impl ContentStore for LayoutStore {
 
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.blocking(move |folder| {
-            let changing = folder.lock();
-            folder.release(&changing, &pin)?;
-            folder.collect(&changing)?;
-            folder.changed();
+            let folder_guard = folder.lock();
+            folder.release(&folder_guard, &pin)?;
+            folder.collect(&folder_guard)?;
+            folder.record_change();
             Ok(())
         })
         .await
@@ -346,8 +346,8 @@ impl ContentStore for LayoutStore {
     }
 
     async fn disks(&self) -> Result<Disks, StoreError> {
-        let measured = |folder: &Arc<Folder>| file_system(&folder.root).map_err(|error| io_error(&folder.root, &error));
-        let content = self.blocking(measured).await?;
+        let measure = |folder: &Arc<Folder>| file_system(&folder.root).map_err(|error| io_error(&folder.root, &error));
+        let content = self.blocking(measure).await?;
         Ok(Disks { content: Some(content), snapshots: None })
     }
 }

@@ -222,11 +222,11 @@ pub async fn start(
     config: Config,
     node: NodeName,
     identity: &Identity,
-    table: SharedInventory,
+    inventory: SharedInventory,
     admission: Arc<dyn Admission>,
     metrics: Metrics,
 ) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
-    start_with_options(config, node, identity, table, admission, metrics, MeshOptions::DEFAULT).await
+    start_with_options(config, node, identity, inventory, admission, metrics, MeshOptions::DEFAULT).await
 }
 
 /// Options that are equal for all agents of a release; tests change them.
@@ -244,26 +244,26 @@ async fn start_with_options(
     config: Config,
     node: NodeName,
     identity: &Identity,
-    table: SharedInventory,
+    inventory: SharedInventory,
     admission: Arc<dyn Admission>,
     metrics: Metrics,
-    terms: MeshOptions,
+    options: MeshOptions,
 ) -> Result<(Mesh, MeshTask, SocketAddr), MeshError> {
     let Config { listen } = config;
     let connections = TaskTracker::new();
-    let mut swarm = stack::build(&identity.keypair(), &connections, &metrics, terms.versions)?;
+    let mut swarm = stack::build(&identity.keypair(), &connections, &metrics, options.versions)?;
     let port = bind(&mut swarm, listen).await?;
     if listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         // libp2p's IPv6 listeners accept no IPv4 connections, unlike a listener with the kernel's
         // defaults.
         bind(&mut swarm, SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port)).await?;
     }
-    let own = LocalAgent { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
-    let keys = GossipCrypto::new(identity.keypair(), admission);
-    let protocol = gossip::Protocol::new(own, keys, rand::random(), Instant::now());
+    let local_agent = LocalAgent { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
+    let crypto = GossipCrypto::new(identity.keypair(), admission);
+    let protocol = gossip::Protocol::new(local_agent, crypto, rand::random(), Instant::now());
     let (sender, commands) = mpsc::channel(MAX_COMMANDS);
     let connected = ConnectedPeers::default();
-    let task = MeshTask::new(swarm, connections, commands, protocol, table, metrics, terms, connected.clone());
+    let task = MeshTask::new(swarm, connections, commands, protocol, inventory, metrics, options, connected.clone());
     Ok((Mesh { commands: sender, connected }, task, SocketAddr::new(listen.ip(), port)))
 }
 

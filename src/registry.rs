@@ -107,8 +107,8 @@ impl RegistryClient {
     /// [`ConfigError`].
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         let Config { insecure, ca_file, ping_limit, resolve_limit, stall_limit } = config;
-        if let Some(wrong) = insecure.iter().find(|name| !Repository::is_registry(name)) {
-            return Err(ConfigError::NotARegistry(wrong.clone()));
+        if let Some(invalid) = insecure.iter().find(|name| !Repository::is_registry(name)) {
+            return Err(ConfigError::NotARegistry(invalid.clone()));
         }
         let http = http::Client::new(ca_file.as_deref())?;
         Ok(Self { http, insecure, loopback_is_insecure: true, ping_limit, resolve_limit, stall_limit })
@@ -118,8 +118,8 @@ impl RegistryClient {
         let no_host =
             || HttpError::Unreachable { kind: OutageKind::NoSuchHost, reason: "not a registry's name".into() };
         let base = base_url("https", registry).ok_or_else(no_host)?;
-        let named = self.insecure.iter().any(|name| name.eq_ignore_ascii_case(registry));
-        let insecure = named || (self.loopback_is_insecure && is_loopback(&base));
+        let is_listed = self.insecure.iter().any(|name| name.eq_ignore_ascii_case(registry));
+        let insecure = is_listed || (self.loopback_is_insecure && is_loopback(&base));
         if insecure {
             let probed = self.http.probe(&base, Certificates::Any).await;
             if let Err(HttpError::Unreachable { kind: OutageKind::Tls | OutageKind::Refused, .. }) = probed {
@@ -175,8 +175,8 @@ impl Registry for RegistryClient {
                 self.endpoint(registry).await.map_err(|failure| resolve::registry_error(registry, failure))?;
             RegistryRequest::for_tag(&self.http, endpoint, repository, tag).resolve(secrets).await
         };
-        let late = |_| Err(RegistryError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
-        timeout(self.resolve_limit, resolved).await.unwrap_or_else(late)
+        let on_timeout = |_| Err(RegistryError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
+        timeout(self.resolve_limit, resolved).await.unwrap_or_else(on_timeout)
     }
 
     async fn fetch_blob(
@@ -198,8 +198,8 @@ impl Registry for RegistryClient {
                 self.endpoint(registry).await.map_err(|failure| resolve::registry_error(registry, failure))?;
             RegistryRequest::for_blob(&self.http, endpoint, repository, digest).open_blob(secrets).await
         };
-        let late = |_| Err(RegistryFetchError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
-        let answer = timeout(self.resolve_limit, opened).await.unwrap_or_else(late)?;
+        let on_timeout = |_| Err(RegistryFetchError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
+        let answer = timeout(self.resolve_limit, opened).await.unwrap_or_else(on_timeout)?;
         blob::BlobReceiver::new(registry, digest, size, self.stall_limit).receive(answer, sink).await
     }
 }

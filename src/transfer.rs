@@ -149,9 +149,9 @@ impl Transfer {
     /// # Panics
     /// Outside of a tokio runtime with I/O and time: the endpoint's tasks run on the calling
     /// runtime.
-    pub fn bind(config: Config, identity: &Identity, surroundings: TransferDependencies) -> Result<Self, BindError> {
-        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
-        Self::bind_with_options(config, identity, surroundings, bounds)
+    pub fn bind(config: Config, identity: &Identity, dependencies: TransferDependencies) -> Result<Self, BindError> {
+        let options = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
+        Self::bind_with_options(config, identity, dependencies, options)
     }
 
     /// Like [`Transfer::bind`], with the rate limits of a policy. A new policy takes effect at
@@ -165,11 +165,12 @@ impl Transfer {
     pub fn bind_with_policy(
         config: Config,
         identity: &Identity,
-        surroundings: TransferDependencies,
-        rules: watch::Receiver<Arc<Policy>>,
+        dependencies: TransferDependencies,
+        policy: watch::Receiver<Arc<Policy>>,
     ) -> Result<Self, BindError> {
-        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(rules), versions: Versions::TRANSFER };
-        Self::bind_with_options(config, identity, surroundings, bounds)
+        let options =
+            TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(policy), versions: Versions::TRANSFER };
+        Self::bind_with_options(config, identity, dependencies, options)
     }
 
     /// Like [`Transfer::bind_with_policy`], with the protocol versions of another release. Tests
@@ -184,31 +185,32 @@ impl Transfer {
     pub fn bind_with_versions(
         config: Config,
         identity: &Identity,
-        surroundings: TransferDependencies,
-        rules: watch::Receiver<Arc<Policy>>,
+        dependencies: TransferDependencies,
+        policy: watch::Receiver<Arc<Policy>>,
         versions: Versions,
     ) -> Result<Self, BindError> {
-        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(rules), versions };
-        Self::bind_with_options(config, identity, surroundings, bounds)
+        let options = TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(policy), versions };
+        Self::bind_with_options(config, identity, dependencies, options)
     }
 
     fn bind_with_options(
         config: Config,
         identity: &Identity,
-        surroundings: TransferDependencies,
-        bounds: TransferOptions,
+        dependencies: TransferDependencies,
+        options: TransferOptions,
     ) -> Result<Self, BindError> {
         let Config { listen, gossip_port, node, concurrent_uploads } = config;
-        let TransferDependencies { admission, store, partials, metrics, admitted_peers: joined } = surroundings;
-        let TransferOptions { timeouts, policy: rules, versions } = bounds;
+        let TransferDependencies { admission, store, partials, metrics, admitted_peers } = dependencies;
+        let TransferOptions { timeouts, policy, versions } = options;
         let tls = tls::Tls::new(identity, versions)?;
-        let listening = || {
+        let open_endpoint = || {
             let socket = socket::bind(listen)?;
             let server = tuning::server(&tls);
             let endpoint = Endpoint::new(tuning::endpoint(), Some(server), socket, Arc::new(TokioRuntime))?;
             Ok((endpoint.local_addr()?, endpoint))
         };
-        let (local_address, endpoint) = listening().map_err(|source| BindError::Socket { address: listen, source })?;
+        let (local_address, endpoint) =
+            open_endpoint().map_err(|source| BindError::Socket { address: listen, source })?;
         Ok(Self(Arc::new(Shared {
             own_id: identity.peer_id(),
             node,
@@ -221,7 +223,7 @@ impl Transfer {
             store,
             partials,
             metrics,
-            admitted_peers: joined,
+            admitted_peers,
             peers: PeerTable::default(),
             observed_address: watch::Sender::new(None),
             shared_key: watch::Sender::new(None),
@@ -231,8 +233,8 @@ impl Transfer {
             uploads: UploadQueue::new(concurrent_uploads),
             hash_chains: HashChainCache::new(timeouts.slow_reader),
             timeouts,
-            download_limiter: RateLimiter::new(rules.clone(), |budgets| budgets.max_download_rate),
-            upload_limiter: RateLimiter::new(rules, |budgets| budgets.max_upload_rate),
+            download_limiter: RateLimiter::new(policy.clone(), |budgets| budgets.max_download_rate),
+            upload_limiter: RateLimiter::new(policy, |budgets| budgets.max_upload_rate),
         })))
     }
 
@@ -248,7 +250,7 @@ impl Transfer {
         let mut connections = JoinSet::new();
         let mut sweep = interval(SWEEP_INTERVAL);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut renewed = shared.admission.credential_changes();
+        let mut credential_changes = shared.admission.credential_changes();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -257,7 +259,7 @@ impl Transfer {
                     None => break,
                 },
                 Some(ended) = connections.join_next() => report_panic(ended),
-                Ok(()) = renewed.changed() => shared.peers.retire_outbound(),
+                Ok(()) = credential_changes.changed() => shared.peers.retire_outbound(),
                 _ = sweep.tick() => {
                     shared.peers.close_unused(shared.timeouts.idle_connection);
                     shared.close_expired(since_1970());
@@ -289,10 +291,10 @@ impl Transfer {
             return Ok(peer);
         }
         let (peer, connection, admission) = self.0.dial(address, expect).await?;
-        self.0.peers.insert(&peer, admission).map_err(|full| DialError::NotAdmitted {
+        self.0.peers.insert(&peer, admission).map_err(|error| DialError::NotAdmitted {
             peer: peer.id,
             address,
-            refusal: Rejection::Undecided(full.to_string()),
+            refusal: Rejection::Undecided(error.to_string()),
         })?;
         if let Some((_, outbound)) = self.0.peers.find(peer.id) {
             outbound.insert(connection);
@@ -316,8 +318,8 @@ impl Transfer {
     /// Records the address of a peer that never dialed this agent. The peer is dialed and admitted
     /// when a fetch needs the connection. The recorded address of a known peer is replaced.
     pub fn add_peer_address(&self, peer: &Peer) {
-        if let Err(full) = self.0.peers.insert_address(peer) {
-            tracing::debug!(peer = %peer.id, %full, "peer address not recorded");
+        if let Err(error) = self.0.peers.insert_address(peer) {
+            tracing::debug!(peer = %peer.id, %error, "peer address not recorded");
         }
     }
 
@@ -421,8 +423,8 @@ fn printable(text: &str) -> String {
 }
 
 /// The label value of the admission metric.
-fn admission_result(decided: Result<&AdmittedPeer, &Rejection>) -> &'static str {
-    match decided {
+fn admission_result(verdict: Result<&AdmittedPeer, &Rejection>) -> &'static str {
+    match verdict {
         Ok(admitted) if admitted.is_in_grace => "on_grace",
         Ok(_) => "admitted",
         Err(Rejection::Denied(_)) => "denied",

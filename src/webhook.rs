@@ -108,8 +108,8 @@ impl Webhook {
     pub async fn new(config: Config) -> Result<Self, ConfigError> {
         let Config { url, secret_file, ca_file } = config;
         let url = Url::parse(&url).map_err(|_| ConfigError::Url)?;
-        let bare = url.username().is_empty() && url.password().is_none();
-        if !matches!(url.scheme(), "http" | "https") || !url.has_host() || !bare {
+        let has_no_credentials = url.username().is_empty() && url.password().is_none();
+        if !matches!(url.scheme(), "http" | "https") || !url.has_host() || !has_no_credentials {
             return Err(ConfigError::Url);
         }
         if let Some(path) = &secret_file {
@@ -119,10 +119,10 @@ impl Webhook {
     }
 
     async fn send(&self, notification: &Notification) -> Result<(), NotifyError> {
-        let refused = |error: &dyn std::error::Error| NotifyError::Refused(format!("the message: {error}"));
+        let rejected = |error: &dyn std::error::Error| NotifyError::Refused(format!("the message: {error}"));
         let unavailable = |error: &dyn std::error::Error| NotifyError::Unavailable(error.to_string());
-        let body = serde_json::to_vec(notification).map_err(|error| refused(&error))?;
-        let id = HeaderValue::from_str(&notification.id).map_err(|error| refused(&error))?;
+        let body = serde_json::to_vec(notification).map_err(|error| rejected(&error))?;
+        let id = HeaderValue::from_str(&notification.id).map_err(|error| rejected(&error))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
 
         let mut request = Request::new(Method::POST, &self.url, Certificates::Verified);
@@ -133,7 +133,7 @@ impl Webhook {
             // A file that is being replaced may be complete a moment later. The agent never sends
             // the message unsigned instead.
             let secret = read_secret(path).await.map_err(|error| unavailable(&error))?;
-            let signature = HeaderValue::from_str(&signature(&secret, now, &body)).map_err(|error| refused(&error))?;
+            let signature = HeaderValue::from_str(&signature(&secret, now, &body)).map_err(|error| rejected(&error))?;
             request.headers.insert("x-lighterman-signature", signature);
         }
         request.body = Bytes::from(body);
@@ -152,10 +152,10 @@ impl Webhook {
 #[async_trait]
 impl Notifier for Webhook {
     async fn notify(&self, notification: &Notification) -> Result<(), NotifyError> {
-        let late = |_| {
+        let on_timeout = |_| {
             Err(NotifyError::Unavailable(format!("the receiver does not answer within {} s", self.deadline.as_secs())))
         };
-        timeout(self.deadline, self.send(notification)).await.unwrap_or_else(late)
+        timeout(self.deadline, self.send(notification)).await.unwrap_or_else(on_timeout)
     }
 }
 

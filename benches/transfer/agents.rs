@@ -56,27 +56,27 @@ impl AgentPair {
     pub(crate) fn start(
         source: &Containerd,
         destination: &Containerd,
-        sight: ContentAccess,
-        unpacks: UnpackMode,
+        content_access: ContentAccess,
+        unpack_mode: UnpackMode,
     ) -> Result<Self, BenchError> {
         let stop = CancellationToken::new();
         let (serving, recovering) = (runtime()?, runtime()?);
         let (server, me) = (Identity::generate(), Identity::generate());
         let metrics = Metrics::new();
-        let (served, items) = serving.block_on(async {
-            let store = store(source, sight, &stop)?;
+        let (server_transfer, items) = serving.block_on(async {
+            let store = store(source, content_access, &stop)?;
             let items = announced_items(&store).await?;
             Ok::<_, BenchError>((bind(&server, me.peer_id(), store, &metrics, &stop)?, items))
         })?;
-        let address = served.local_addr();
+        let address = server_transfer.local_addr();
         let recoverer = recovering.block_on(async {
-            let store = store(destination, sight, &stop)?;
+            let store = store(destination, content_access, &stop)?;
             let transfer = bind(&me, server.peer_id(), store.clone(), &metrics, &stop)?;
-            let holders = PeerInventory::default();
+            let inventory = PeerInventory::default();
             let peer = transfer.dial(address, Some(server.peer_id())).await?;
-            holders.apply(MeshEvent::Up(peer));
-            holders.apply(MeshEvent::Snapshot(server.peer_id(), items));
-            recoverer(me.peer_id(), Arc::new(store), transfer, holders, metrics, unpacks)
+            inventory.apply(MeshEvent::Up(peer));
+            inventory.apply(MeshEvent::Snapshot(server.peer_id(), items));
+            recoverer(me.peer_id(), Arc::new(store), transfer, inventory, metrics, unpack_mode)
         })?;
         Ok(Self { recoverer, stop, recovering, _serving: serving })
     }
@@ -105,10 +105,10 @@ impl Drop for AgentPair {
 
 fn store(
     containerd: &Containerd,
-    sight: ContentAccess,
+    content_access: ContentAccess,
     stop: &CancellationToken,
 ) -> Result<ContainerdStore, BenchError> {
-    let content_root = match sight {
+    let content_root = match content_access {
         ContentAccess::Files => None,
         ContentAccess::ApiOnly => Some(PathBuf::from("/nothing/is/here")),
     };
@@ -133,11 +133,10 @@ fn bind(
         concurrent_uploads: 16,
     };
     let admission = Arc::new(StaticAdmission::new([other]));
-    let joined = mpsc::channel(4).0;
+    let admitted_peers = mpsc::channel(4).0;
     let (store, partials) = (Arc::new(store), Arc::new(NoPartialBlobs));
-    let surroundings =
-        TransferDependencies { admission, store, partials, metrics: metrics.clone(), admitted_peers: joined };
-    let transfer = Transfer::bind(config, identity, surroundings)?;
+    let dependencies = TransferDependencies { admission, store, partials, metrics: metrics.clone(), admitted_peers };
+    let transfer = Transfer::bind(config, identity, dependencies)?;
     tokio::spawn(transfer.clone().run(stop.clone()));
     Ok(transfer)
 }
@@ -157,15 +156,15 @@ fn recoverer(
     me: PeerId,
     store: Arc<ContainerdStore>,
     transfer: Transfer,
-    holders: PeerInventory,
+    inventory: PeerInventory,
     metrics: Metrics,
-    unpacks: UnpackMode,
+    unpack_mode: UnpackMode,
 ) -> Result<Recoverer, BenchError> {
-    let unpacker: Option<Arc<dyn Unpacker>> = match unpacks {
+    let unpacker: Option<Arc<dyn Unpacker>> = match unpack_mode {
         UnpackMode::DuringRecovery => Some(Arc::clone(&store) as _),
         UnpackMode::AfterRecovery => None,
     };
-    let dependencies = RecoveryDependencies::on_fakes(me, "bench".parse()?, store, Arc::new(transfer), holders);
+    let dependencies = RecoveryDependencies::on_fakes(me, "bench".parse()?, store, Arc::new(transfer), inventory);
     let policy = watch::channel(Arc::new(policy_without_disk_limits())).1;
     Ok(RecoveryDependencies { unpacker, policy, metrics, ..dependencies }.build())
 }

@@ -44,9 +44,9 @@ pub(crate) fn run() -> Result<(), BenchError> {
         sleep(WRITE_DELAY).await;
         let waited = ApiWrites::so_far(nodes).since(&started);
         let for_pods = waited.count(|what| what.contains(" pods") || what.contains(" events"));
-        let on =
+        let context =
             format!("{pods} pods on {} nodes wait for one image; all agents' writes: {}", NODES - 1, waited.describe());
-        figure("api_writes_per_waiting_pod", for_pods as f64 / pods as f64, &on);
+        figure("api_writes_per_waiting_pod", for_pods as f64 / pods as f64, &context);
         idle(nodes).await
     })
 }
@@ -56,12 +56,12 @@ async fn idle(nodes: &Nodes) -> Result<(), BenchError> {
     sleep(IDLE).await;
     let written = ApiWrites::so_far(nodes).since(&before);
     let hours = IDLE.as_secs_f64() * NODES as f64 / 3600.0;
-    let on = format!(
+    let context = format!(
         "per agent; {NODES} agents, {} s: {}; token renewals, every 45 to 51 minutes, are outside the period",
         IDLE.as_secs(),
         written.describe()
     );
-    figure("api_writes_idle_per_hour", written.count(|_| true) as f64 / hours, &on);
+    figure("api_writes_idle_per_hour", written.count(|_| true) as f64 / hours, &context);
     Ok(())
 }
 

@@ -8,8 +8,8 @@ use nix::sys::time::TimeVal;
 use crate::report::BenchError;
 
 /// Time in user code and in the kernel.
-pub(crate) fn spent(who: UsageWho) -> Result<Duration, BenchError> {
-    let usage = getrusage(who)?;
+pub(crate) fn spent(target: UsageWho) -> Result<Duration, BenchError> {
+    let usage = getrusage(target)?;
     let duration = |time: TimeVal| {
         Duration::from_secs(time.tv_sec().cast_unsigned()) + Duration::from_micros(time.tv_usec().cast_unsigned())
     };

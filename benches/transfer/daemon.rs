@@ -105,7 +105,7 @@ impl Containerd {
     }
 
     /// The first words of a `ctr` command for this containerd.
-    pub(crate) fn ctr_words(&self) -> String {
+    pub(crate) fn ctr_command(&self) -> String {
         format!("{} -a {} -n {NAMESPACE}", self.ctr.display(), self.socket().display())
     }
 
@@ -163,8 +163,8 @@ impl Containerd {
 
     /// The version that containerd reports.
     pub(crate) fn version(&self) -> Result<String, BenchError> {
-        let told = self.ctr(&["version"])?;
-        let server = told.split_once("Server:").map_or("", |(_, server)| server);
+        let text = self.ctr(&["version"])?;
+        let server = text.split_once("Server:").map_or("", |(_, server)| server);
         let version = server.lines().find_map(|line| line.trim().strip_prefix("Version:"));
         Ok(format!("containerd {}", version.unwrap_or("of unknown version").trim()))
     }
@@ -205,8 +205,8 @@ impl Registry {
     /// The registry's version. `--version` prints the path, the module and the version.
     pub(crate) fn version() -> Result<String, BenchError> {
         let output = Command::new(component("bin/docker-registry")?).arg("--version").output()?;
-        let told = String::from_utf8(output.stdout)?;
-        Ok(format!("registry {}", told.split_whitespace().last().unwrap_or("of unknown version")))
+        let text = String::from_utf8(output.stdout)?;
+        Ok(format!("registry {}", text.split_whitespace().last().unwrap_or("of unknown version")))
     }
 
     pub(crate) fn cpu(&self) -> Result<Duration, BenchError> {

@@ -45,14 +45,14 @@ pub(crate) fn killed() -> Result<(), BenchError> {
             added.extend((round > 0).then_some(killed - quiet));
             undisturbed.extend((round > 0).then_some(quiet));
         }
-        let on = format!(
+        let context = format!(
             "SIGKILL to one of two providers at {:.0} % of {} MiB, {MBIT_S} Mbit/s each way, undisturbed {:.2} s; {}",
             100.0 * KILLED_AT,
             LAYER >> 20,
             median(undisturbed),
             spread(&added),
         );
-        figure("provider_killed_added_s", median(added), &on);
+        figure("provider_killed_added_s", median(added), &context);
         Ok(())
     })
 }
@@ -75,19 +75,19 @@ async fn recover(nodes: &Nodes, seed: u64) -> Result<Duration, BenchError> {
 
 async fn recover_while_a_provider_dies(nodes: &mut Nodes, seed: u64) -> Result<Duration, BenchError> {
     let (reference, image) = provide(nodes, seed).await?;
-    let (others, wants) = nodes.agents.split_at_mut(FETCHER);
-    let (now, told) = oneshot::channel::<()>();
-    let mut now = Some(now);
+    let (providers, fetchers) = nodes.agents.split_at_mut(FETCHER);
+    let (kill_sender, kill_receiver) = oneshot::channel::<()>();
+    let mut kill_sender = Some(kill_sender);
     let on_progress = |progress: &PullProgress| match progress {
         // Dropping the sender ends the wait of `killing`.
-        PullProgress::Bytes { done, total } if *done as f64 >= KILLED_AT * *total as f64 => drop(now.take()),
+        PullProgress::Bytes { done, total } if *done as f64 >= KILLED_AT * *total as f64 => drop(kill_sender.take()),
         _ => {}
     };
     let killing = async {
-        let _ = told.await;
-        others[FAULTY_PROVIDER].kill();
+        let _ = kill_receiver.await;
+        providers[FAULTY_PROVIDER].kill();
     };
-    let (took, ()) = tokio::join!(pull(&wants[0], &reference, on_progress), killing);
+    let (took, ()) = tokio::join!(pull(&fetchers[0], &reference, on_progress), killing);
     let took = took?;
     nodes.agents[FAULTY_PROVIDER].start(&nodes.network);
     nodes.wait_providers(&reference, [FETCHER], &[FAULTY_PROVIDER]).await?;
@@ -107,12 +107,12 @@ pub(crate) fn liar() -> Result<(), BenchError> {
             nodes.agents[FETCHER].start(&nodes.network);
             nodes.wait_ready().await?;
         }
-        let on = format!(
+        let context = format!(
             "two providers of {} MiB, and one file is overwritten; all pieces of the liar, with those in flight and partial ones; {}",
             LAYER >> 20,
             spread(&pieces)
         );
-        figure("liar_found_pieces", median(pieces), &on);
+        figure("liar_found_pieces", median(pieces), &context);
         Ok(())
     })
 }

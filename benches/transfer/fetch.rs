@@ -37,7 +37,7 @@ const REQUESTS_IN_FLIGHT: usize = 4;
 const PIECES_PER_REQUEST: u32 = 8;
 
 /// Measures the figures of a network. `suffix` ends their names.
-pub(crate) fn run(frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
+pub(crate) fn run(network: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
     let mut bytes = vec![0; SIZE];
     SmallRng::seed_from_u64(1).fill_bytes(&mut bytes);
     let blob = Bytes::from(bytes);
@@ -59,16 +59,16 @@ pub(crate) fn run(frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchErr
     let speed = |runs: &[TransferCost]| median(runs.iter().map(|run| mb_s(SIZE as u64, run.seconds)));
     let (ours_mb_s, bare_mb_s) = (speed(&fetched), speed(&streamed));
     let packets = bare.packets();
-    let on =
-        format!("{frames}, AES-128-GCM, packets of {packets} bytes, one current-thread runtime on each side, 256 MiB");
-    let beside = format!("bare stream: {setting}");
+    let context =
+        format!("{network}, AES-128-GCM, packets of {packets} bytes, one current-thread runtime on each side, 256 MiB");
+    let setting_note = format!("bare stream: {setting}");
     figure(
         &format!("fetch_vs_quinn{suffix}"),
         ratio,
-        &format!("{on}; {ours_mb_s:.0} MB/s against {bare_mb_s:.0}; {PAIRS} pairs; {beside}"),
+        &format!("{context}; {ours_mb_s:.0} MB/s against {bare_mb_s:.0}; {PAIRS} pairs; {setting_note}"),
     );
-    figure(&format!("fetch_mb_s{suffix}"), ours_mb_s, &format!("{on}; {}", per_byte(&fetched)));
-    figure(&format!("quinn_mb_s{suffix}"), bare_mb_s, &format!("{on}; {}; {beside}", per_byte(&streamed)));
+    figure(&format!("fetch_mb_s{suffix}"), ours_mb_s, &format!("{context}; {}", per_byte(&fetched)));
+    figure(&format!("quinn_mb_s{suffix}"), bare_mb_s, &format!("{context}; {}; {setting_note}", per_byte(&streamed)));
     // The slower part sets the pace: the whole bare stream, or its receiver if the receiver hashed
     // too.
     let bare_receiver = median(streamed.iter().map(|run| run.receiver.as_secs_f64() * 1e9 / SIZE as f64));
@@ -140,8 +140,8 @@ impl VerifiedFetch {
             bind(&server, me, store)?
         };
         let address = served.local_addr();
-        let until = stop.clone();
-        let serving = Some(thread::spawn(move || serving_runtime.block_on(served.run(until))));
+        let stopped = stop.clone();
+        let serving = Some(thread::spawn(move || serving_runtime.block_on(served.run(stopped))));
         let fetcher = {
             let _inside = runtime.enter();
             bind(&client, peer, MemoryStore::new())?
@@ -158,30 +158,29 @@ impl VerifiedFetch {
     /// no other request has.
     fn run(&self) -> Result<TransferCost, BenchError> {
         TransferCost::of(|| {
-            let proving = Mutex::new(PieceVerifier::new(self.chain.clone()));
+            let verifier = Mutex::new(PieceVerifier::new(self.chain.clone()));
             let next = AtomicU32::new(0);
-            let asking = (0..REQUESTS_IN_FLIGHT).map(|_| self.request_pieces(&proving, &next));
-            self.runtime.block_on(try_join_all(asking))?;
-            let proof = proving.into_inner().map_err(|_| "a fetch panicked")?.proof().ok_or("pieces are missing")?;
+            let requests = (0..REQUESTS_IN_FLIGHT).map(|_| self.request_pieces(&verifier, &next));
+            self.runtime.block_on(try_join_all(requests))?;
+            let proof = verifier.into_inner().map_err(|_| "a fetch panicked")?.proof().ok_or("pieces are missing")?;
             if proof.digest() == self.chain.digest() { Ok(()) } else { Err("the proof is of another blob".into()) }
         })
     }
 
     /// Sends requests until all pieces are requested.
-    async fn request_pieces(&self, proving: &Mutex<PieceVerifier>, next: &AtomicU32) -> Result<(), BenchError> {
-        let cut = self.chain.layout();
-        let pieces = u32::try_from(cut.piece_count())?;
+    async fn request_pieces(&self, verifier: &Mutex<PieceVerifier>, next: &AtomicU32) -> Result<(), BenchError> {
+        let layout = self.chain.layout();
+        let piece_count = u32::try_from(layout.piece_count())?;
         loop {
             let first = next.fetch_add(PIECES_PER_REQUEST, Ordering::Relaxed);
-            if first >= pieces {
+            if first >= piece_count {
                 return Ok(());
             }
-            let choice: Vec<u32> = (first..pieces.min(first + PIECES_PER_REQUEST)).collect();
-            let most = u8::try_from(choice.len())?;
-            let order =
-                PieceRequest { peer: self.peer, digest: self.chain.digest(), layout: cut, pieces: choice, limit: most };
-            let mut sink = HashingSink { proving, hasher: None };
-            self.fetcher.fetch_pieces(&order, &mut sink).await?;
+            let pieces: Vec<u32> = (first..piece_count.min(first + PIECES_PER_REQUEST)).collect();
+            let limit = u8::try_from(pieces.len())?;
+            let request = PieceRequest { peer: self.peer, digest: self.chain.digest(), layout, pieces, limit };
+            let mut sink = HashingSink { verifier, hasher: None };
+            self.fetcher.fetch_pieces(&request, &mut sink).await?;
         }
     }
 }
@@ -205,11 +204,10 @@ fn bind(identity: &Identity, other: PeerId, store: MemoryStore) -> Result<Transf
         concurrent_uploads: 16,
     };
     let admission = Arc::new(StaticAdmission::new([other]));
-    let joined = mpsc::channel(4).0;
+    let admitted_peers = mpsc::channel(4).0;
     let (store, partials) = (Arc::new(store), Arc::new(NoPartialBlobs));
-    let surroundings =
-        TransferDependencies { admission, store, partials, metrics: Metrics::new(), admitted_peers: joined };
-    Ok(Transfer::bind(config, identity, surroundings)?)
+    let dependencies = TransferDependencies { admission, store, partials, metrics: Metrics::new(), admitted_peers };
+    Ok(Transfer::bind(config, identity, dependencies)?)
 }
 
 async fn store_with(blob: &Bytes) -> Result<MemoryStore, BenchError> {
@@ -226,20 +224,20 @@ async fn store_with(blob: &Bytes) -> Result<MemoryStore, BenchError> {
 
 /// Hashes the bytes and drops them.
 struct HashingSink<'a> {
-    proving: &'a Mutex<PieceVerifier>,
+    verifier: &'a Mutex<PieceVerifier>,
     hasher: Option<PieceHasher>,
 }
 
 impl HashingSink<'_> {
-    fn proving(&self) -> MutexGuard<'_, PieceVerifier> {
-        self.proving.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_verifier(&self) -> MutexGuard<'_, PieceVerifier> {
+        self.verifier.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[async_trait]
 impl PieceSink for HashingSink<'_> {
     fn begin(&mut self, piece: u32) {
-        let hasher = self.proving().hash_chain().hasher(piece as usize);
+        let hasher = self.lock_verifier().hash_chain().hasher(piece as usize);
         self.hasher = Some(hasher);
     }
 
@@ -251,6 +249,6 @@ impl PieceSink for HashingSink<'_> {
 
     async fn end(&mut self) -> Result<(), PieceError> {
         let hasher = self.hasher.take().ok_or(PieceError::Mismatch)?;
-        if self.proving().record(hasher) { Ok(()) } else { Err(PieceError::Mismatch) }
+        if self.lock_verifier().record(hasher) { Ok(()) } else { Err(PieceError::Mismatch) }
     }
 }

@@ -21,42 +21,46 @@ const METHODS: [TransferMethod; 5] = [
 ];
 
 /// Measures all figures of a storage and a network. `suffix` ends their names.
-pub(crate) fn run(place: Storage, frames: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
-    let rig = ImageBench::start(place)?;
+pub(crate) fn run(storage: Storage, network: &LoopbackNetwork, suffix: &str) -> Result<(), BenchError> {
+    let setup = ImageBench::start(storage)?;
     // The first run of each method opens connections and fills caches, and does not count.
     let mut costs: [Vec<Cost>; METHODS.len()] = array::from_fn(|_| Vec::new());
     for round in 0..=ROUNDS {
-        for (way, costs) in METHODS.into_iter().zip(&mut costs) {
-            let cost = rig.run(way)?;
-            note(&format!("round {round} of {ROUNDS}: {way:?}: {:.2} s", cost.seconds));
+        for (method, costs) in METHODS.into_iter().zip(&mut costs) {
+            let cost = setup.run(method)?;
+            note(&format!("round {round} of {ROUNDS}: {method:?}: {:.2} s", cost.seconds));
             if round > 0 {
                 costs.push(cost);
             }
         }
     }
-    let bytes = rig.image.bytes();
-    let on = format!(
-        "{}, {}, 1 GiB in {} layers, {frames}, AES-128-GCM, {} blobs at once, a multi-thread runtime on each side, {ROUNDS} rounds",
-        rig.storage,
-        rig.versions()?,
+    let bytes = setup.image.bytes();
+    let context = format!(
+        "{}, {}, 1 GiB in {} layers, {network}, AES-128-GCM, {} blobs at once, a multi-thread runtime on each side, {ROUNDS} rounds",
+        setup.storage,
+        setup.versions()?,
         LAYERS.len(),
         Policy::default().budgets.concurrent_blobs
     );
     let [ours, export_import, registry_fetch, api_only, unpack] = &costs;
-    let beside = |name: &str, way: TransferMethod, baseline: &[Cost]| {
+    let report_ratio = |name: &str, method: TransferMethod, baseline: &[Cost]| {
         let ratio = median(baseline.iter().zip(ours).map(|(baseline, ours)| baseline.seconds / ours.seconds));
         let (ours, baseline) = (describe(bytes, ours), describe(bytes, baseline));
-        let command = way.command().unwrap_or_default();
-        figure(&format!("{name}{suffix}"), ratio, &format!("{on}; ours {ours}; baseline {baseline}: {command}"));
+        let command = method.command().unwrap_or_default();
+        figure(&format!("{name}{suffix}"), ratio, &format!("{context}; ours {ours}; baseline {baseline}: {command}"));
     };
-    beside("image_vs_export_import", TransferMethod::ExportImport, export_import);
-    beside("image_vs_export_import_unpack", TransferMethod::ExportImportUnpack, unpack);
-    beside("image_vs_registry_fetch", TransferMethod::RegistryFetch, registry_fetch);
+    report_ratio("image_vs_export_import", TransferMethod::ExportImport, export_import);
+    report_ratio("image_vs_export_import_unpack", TransferMethod::ExportImportUnpack, unpack);
+    report_ratio("image_vs_registry_fetch", TransferMethod::RegistryFetch, registry_fetch);
     for (name, what, costs) in [
         ("image_ours_mb_s", "from the source's files into the destination's content folder", ours),
         ("image_ours_api_only_mb_s", "through the content API at both ends", api_only),
     ] {
-        figure(&format!("{name}{suffix}"), speed(bytes, costs), &format!("{on}; {what}; {}", describe(bytes, costs)));
+        figure(
+            &format!("{name}{suffix}"),
+            speed(bytes, costs),
+            &format!("{context}; {what}; {}", describe(bytes, costs)),
+        );
     }
     Ok(())
 }
@@ -68,9 +72,9 @@ fn speed(bytes: u64, costs: &[Cost]) -> f64 {
 /// Time, speed, and processor time by program.
 fn describe(bytes: u64, costs: &[Cost]) -> String {
     let seconds = median(costs.iter().map(|cost| cost.seconds));
-    let who = ["this process", "commands", "containerd A", "containerd B", "registry"];
-    let spent = who.iter().enumerate().map(|(who, name)| {
-        let seconds = median(costs.iter().map(|cost| cost.cpu[who].as_secs_f64()));
+    let processes = ["this process", "commands", "containerd A", "containerd B", "registry"];
+    let spent = processes.iter().enumerate().map(|(process, name)| {
+        let seconds = median(costs.iter().map(|cost| cost.cpu[process].as_secs_f64()));
         (seconds, format!("{name} {seconds:.1}"))
     });
     let spent: Vec<_> = spent.filter(|(seconds, _)| *seconds >= 0.05).map(|(_, text)| text).collect();

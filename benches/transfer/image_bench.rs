@@ -72,10 +72,10 @@ pub(crate) struct ImageBench {
 }
 
 impl ImageBench {
-    pub(crate) fn start(place: Storage) -> Result<Self, BenchError> {
-        let source = Containerd::start(place.path().join("a"))?;
-        let destination = Containerd::start(place.path().join("b"))?;
-        let registry = Registry::start(place.path())?;
+    pub(crate) fn start(storage: Storage) -> Result<Self, BenchError> {
+        let source = Containerd::start(storage.path().join("a"))?;
+        let destination = Containerd::start(storage.path().join("b"))?;
+        let registry = Registry::start(storage.path())?;
         let reference: Reference = format!("{}/bench/image:1", registry.address).parse()?;
         note("making the image");
         let image = Builder::new_current_thread().enable_all().build()?.block_on(async {
@@ -85,37 +85,37 @@ impl ImageBench {
         source.ctr(&["images", "push", "--plain-http", &reference.to_string()])?;
         let with_files = AgentPair::start(&source, &destination, ContentAccess::Files, UnpackMode::AfterRecovery)?;
         let without_files = AgentPair::start(&source, &destination, ContentAccess::ApiOnly, UnpackMode::AfterRecovery)?;
-        Ok(Self { with_files, without_files, source, destination, registry, image, reference, storage: place })
+        Ok(Self { with_files, without_files, source, destination, registry, image, reference, storage })
     }
 
     /// Moves the image once into an empty containerd, checks the image, and removes it. A failed
     /// command is retried: `ctr images export` into a pipe lost the last bytes in a fifth of its
     /// runs.
-    pub(crate) fn run(&self, way: TransferMethod) -> Result<Cost, BenchError> {
+    pub(crate) fn run(&self, method: TransferMethod) -> Result<Cost, BenchError> {
         for _ in 1..TRIES {
-            match self.attempt(way) {
-                Err(error) if way.command().is_some() => note(&format!("retry after: {error}")),
+            match self.attempt(method) {
+                Err(error) if method.command().is_some() => note(&format!("retry after: {error}")),
                 done => return done,
             }
             self.destination.empty()?;
         }
-        self.attempt(way)
+        self.attempt(method)
     }
 
-    fn attempt(&self, way: TransferMethod) -> Result<Cost, BenchError> {
+    fn attempt(&self, method: TransferMethod) -> Result<Cost, BenchError> {
         self.storage.settle()?;
         let before = self.cpu()?;
         let began = Instant::now();
-        match way.command() {
+        match method.command() {
             Some(command) => self.shell(command)?,
-            None if way == TransferMethod::Ours => self.with_files.recover(&self.reference)?,
+            None if method == TransferMethod::Ours => self.with_files.recover(&self.reference)?,
             None => self.without_files.recover(&self.reference)?,
         }
         let seconds = began.elapsed().as_secs_f64();
         let after = self.cpu()?;
         self.destination.check(&self.reference, &self.image)?;
         self.destination.empty()?;
-        let cpu = std::array::from_fn(|who| after[who].saturating_sub(before[who]));
+        let cpu = std::array::from_fn(|process| after[process].saturating_sub(before[process]));
         Ok(Cost { seconds, cpu })
     }
 
@@ -126,8 +126,8 @@ impl ImageBench {
 
     fn shell(&self, command: &str) -> Result<(), BenchError> {
         let command = command
-            .replace("$CTR_A", &self.source.ctr_words())
-            .replace("$CTR_B", &self.destination.ctr_words())
+            .replace("$CTR_A", &self.source.ctr_command())
+            .replace("$CTR_B", &self.destination.ctr_command())
             .replace("$IMAGE", &self.reference.to_string());
         let mut bash = Command::new("bash");
         let output = bash.args(["-o", "pipefail", "-c", &command]).stdin(Stdio::null()).output()?;

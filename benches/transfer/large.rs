@@ -26,11 +26,11 @@ pub(crate) fn run() -> Result<(), BenchError> {
         let took = pull(&nodes.agents[FETCHER], &reference, |_| ()).await?.as_secs_f64();
         let (recovering, serving) = (peak(FETCHER)?, peak(PROVIDER)?);
         nodes.check([FETCHER], &reference, &image)?;
-        let on = format!(
+        let context = format!(
             "VmHWM of the fetching agent, from {idle:.1} before; the serving agent {serving:.1}, from {idle_serving:.1}; {took:.0} s, {:.0} MB/s, stores on disk",
             mb_s(image.bytes(), took),
         );
-        figure("recover_10gib_rss_mib", recovering, &on);
+        figure("recover_10gib_rss_mib", recovering, &context);
         Ok(())
     })
 }

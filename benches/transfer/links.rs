@@ -107,28 +107,28 @@ pub(crate) fn far() -> Result<(), BenchError> {
 
 /// Measures a link with each setting.
 fn compare(case: &LinkCase, settings: &[(&str, QuinnSetting)]) -> Result<(), BenchError> {
-    let mut crossed: Vec<Vec<LinkRun>> = settings.iter().map(|_| Vec::new()).collect();
+    let mut runs: Vec<Vec<LinkRun>> = settings.iter().map(|_| Vec::new()).collect();
     for round in 0..ROUNDS {
-        for ((name, setting), crossed) in settings.iter().zip(&mut crossed) {
-            let once = run_case(case, setting, round as u64 * 100)?;
-            note(&format!("{} with {name}: {:.3} of the link", case.name, link_utilisation(case, &once)));
-            crossed.push(once);
+        for ((name, setting), runs) in settings.iter().zip(&mut runs) {
+            let run = run_case(case, setting, round as u64 * 100)?;
+            note(&format!("{} with {name}: {:.3} of the link", case.name, link_utilisation(case, &run)));
+            runs.push(run);
         }
     }
-    for ((name, _), crossed) in settings.iter().zip(&crossed) {
-        let of = |measure: fn(&LinkRun) -> f64| median(crossed.iter().map(measure));
+    for ((name, _), runs) in settings.iter().zip(&runs) {
+        let of = |measure: fn(&LinkRun) -> f64| median(runs.iter().map(measure));
         let name = format!("quinn_{}_{name}", case.name);
-        let on = format!(
+        let context = format!(
             "{}; {:.1} % of packets lost; an echo took {:.0} ms, {:.0} ms at worst, {:.0} % lost; a piece after {:.0} ms; CPU {:.1} ns per byte",
             link(case),
             of(percent_resent),
-            of(|crossed| echo(crossed, 0.5)),
-            of(|crossed| echo(crossed, 1.0)),
-            of(|crossed| 100.0 * (1.0 - crossed.echoes.round_trips.len() as f64 / crossed.echoes.sent as f64)),
+            of(|run| echo(run, 0.5)),
+            of(|run| echo(run, 1.0)),
+            of(|run| 100.0 * (1.0 - run.echoes.round_trips.len() as f64 / run.echoes.sent as f64)),
             of(piece),
-            of(|crossed| crossed.cpu.as_nanos() as f64 / total(crossed)),
+            of(|run| run.cpu.as_nanos() as f64 / total(run)),
         );
-        figure(&name, median(crossed.iter().map(|crossed| link_utilisation(case, crossed))), &on);
+        figure(&name, median(runs.iter().map(|crossed| link_utilisation(case, crossed))), &context);
         if case.read_pattern == ReadPattern::Pieces {
             figure(&format!("{name}_ms"), of(piece), "4 MiB, a tenth of a second after the earlier piece");
         }
@@ -150,39 +150,39 @@ fn link(case: &LinkCase) -> String {
     )
 }
 
-fn total(crossed: &LinkRun) -> f64 {
-    crossed.received.iter().sum::<u64>() as f64
+fn total(run: &LinkRun) -> f64 {
+    run.received.iter().sum::<u64>() as f64
 }
 
 /// The share of the link's rate that is content: 0.95 at most, because headers take the rest.
-fn link_utilisation(case: &LinkCase, crossed: &LinkRun) -> f64 {
-    total(crossed) * 8.0 / case.seconds / (f64::from(case.mbit_s) * 1e6)
+fn link_utilisation(case: &LinkCase, run: &LinkRun) -> f64 {
+    total(run) * 8.0 / case.seconds / (f64::from(case.mbit_s) * 1e6)
 }
 
 /// Time of a piece in milliseconds.
-fn piece(crossed: &LinkRun) -> f64 {
-    crossed.piece.map_or(f64::INFINITY, |piece| piece.as_secs_f64() * 1e3)
+fn piece(run: &LinkRun) -> f64 {
+    run.piece.map_or(f64::INFINITY, |piece| piece.as_secs_f64() * 1e3)
 }
 
 /// TCP's share of the received bytes.
-fn tcp_share(crossed: &LinkRun) -> f64 {
-    crossed.tcp as f64 / (crossed.tcp as f64 + total(crossed))
+fn tcp_share(run: &LinkRun) -> f64 {
+    run.tcp as f64 / (run.tcp as f64 + total(run))
 }
 
-fn fairness(crossed: &LinkRun) -> f64 {
-    let bytes = || crossed.received.iter().map(|bytes| *bytes as f64);
+fn fairness(run: &LinkRun) -> f64 {
+    let bytes = || run.received.iter().map(|bytes| *bytes as f64);
     bytes().fold(f64::INFINITY, f64::min) / bytes().fold(1.0, f64::max)
 }
 
 /// Percentage of sent packets that quinn counts as lost, and whose content it sends again.
-fn percent_resent(crossed: &LinkRun) -> f64 {
-    let of = |count: fn(&ConnectionStats) -> u64| crossed.sent.iter().map(count).sum::<u64>() as f64;
+fn percent_resent(run: &LinkRun) -> f64 {
+    let of = |count: fn(&ConnectionStats) -> u64| run.sent.iter().map(count).sum::<u64>() as f64;
     100.0 * of(|sent| sent.path.lost_packets) / of(|sent| sent.path.sent_packets)
 }
 
 /// The time in milliseconds within which this share of the echoes returned.
-fn echo(crossed: &LinkRun, part: f64) -> f64 {
-    let mut took: Vec<_> = crossed.echoes.round_trips.iter().map(|took| took.as_secs_f64() * 1e3).collect();
+fn echo(run: &LinkRun, part: f64) -> f64 {
+    let mut took: Vec<_> = run.echoes.round_trips.iter().map(|took| took.as_secs_f64() * 1e3).collect();
     took.sort_by(f64::total_cmp);
     let last = took.len().saturating_sub(1) as f64;
     took.get((last * part) as usize).copied().unwrap_or(f64::INFINITY)
@@ -208,8 +208,9 @@ fn compare_on_loopback() -> Result<(), BenchError> {
         let speed = median(runs.iter().map(|run| mb_s(LOOPBACK_BYTES as u64, run.seconds)));
         let both = median(runs.iter().map(|run| run.both.as_nanos() as f64 / LOOPBACK_BYTES as f64));
         let receiver = median(runs.iter().map(|run| run.receiver.as_nanos() as f64 / LOOPBACK_BYTES as f64));
-        let on = format!("MB/s on loopback, {ROUNDS} runs; CPU {both:.2} ns per byte, {receiver:.2} of the receiver");
-        figure(&format!("quinn_loopback_{name}"), speed, &on);
+        let context =
+            format!("MB/s on loopback, {ROUNDS} runs; CPU {both:.2} ns per byte, {receiver:.2} of the receiver");
+        figure(&format!("quinn_loopback_{name}"), speed, &context);
     }
     Ok(())
 }

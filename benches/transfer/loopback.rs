@@ -27,10 +27,10 @@ impl LoopbackNetwork {
         unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| {
             format!("cannot make a network namespace with frames of {bytes} bytes: {errno} (run as root)")
         })?;
-        let frames = Self { bytes, before };
+        let network = Self { bytes, before };
         let set = Command::new("ip").args(["link", "set", "lo", "up", "mtu", &bytes.to_string()]).output()?;
         match set.status.success() {
-            true => Ok(frames),
+            true => Ok(network),
             false => Err(format!("ip link set lo: {}", String::from_utf8_lossy(&set.stderr)).into()),
         }
     }

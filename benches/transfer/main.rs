@@ -37,16 +37,16 @@ type Benchmark = fn() -> Result<(), BenchError>;
 
 /// Groups of figures with the same preparation. The failure of a group does not prevent the others.
 const GROUPS: [(&str, Benchmark); 15] = [
-    ("fetch", || within(ETHERNET, |frames| fetch::run(frames, ""))),
-    ("fetch_jumbo", || within(JUMBO, |frames| fetch::run(frames, "_jumbo"))),
+    ("fetch", || within(ETHERNET, |network| fetch::run(network, ""))),
+    ("fetch_jumbo", || within(JUMBO, |network| fetch::run(network, "_jumbo"))),
     ("links_loopback", || within(ETHERNET, |_| links::loopback())),
     ("links_controllers", links::controllers),
     ("links_far", links::far),
-    ("image_memory", || within(ETHERNET, |frames| image::run(Storage::memory(image_bench::NEEDED)?, frames, ""))),
+    ("image_memory", || within(ETHERNET, |network| image::run(Storage::memory(image_bench::NEEDED)?, network, ""))),
     ("image_memory_jumbo", || {
-        within(JUMBO, |frames| image::run(Storage::memory(image_bench::NEEDED)?, frames, "_jumbo"))
+        within(JUMBO, |network| image::run(Storage::memory(image_bench::NEEDED)?, network, "_jumbo"))
     }),
-    ("image_disk", || within(ETHERNET, |frames| image::run(Storage::disk(image_bench::NEEDED)?, frames, "_disk"))),
+    ("image_disk", || within(ETHERNET, |network| image::run(Storage::disk(image_bench::NEEDED)?, network, "_disk"))),
     ("unpack", || within(ETHERNET, unpack::run)),
     ("missing", missing_layer::run),
     ("killed", faults::killed),
@@ -57,17 +57,17 @@ const GROUPS: [(&str, Benchmark); 15] = [
 ];
 
 /// Runs `make` in a network namespace whose loopback has this MTU.
-fn within(bytes: u32, make: impl FnOnce(&LoopbackNetwork) -> Result<(), BenchError>) -> Result<(), BenchError> {
-    make(&LoopbackNetwork::with_mtu(bytes)?)
+fn within(bytes: u32, benchmark: impl FnOnce(&LoopbackNetwork) -> Result<(), BenchError>) -> Result<(), BenchError> {
+    benchmark(&LoopbackNetwork::with_mtu(bytes)?)
 }
 
 fn main() -> ExitCode {
     // Cargo adds `--bench`.
     let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    let (left_out, chosen): (Vec<_>, Vec<_>) = arguments.iter().partition(|argument| argument.starts_with('-'));
+    let (excluded, chosen): (Vec<_>, Vec<_>) = arguments.iter().partition(|argument| argument.starts_with('-'));
     let is_wanted = |name: &str| {
-        let is_chosen = chosen.is_empty() || chosen.iter().any(|beginning| name.starts_with(beginning.as_str()));
-        is_chosen && !left_out.iter().any(|argument| argument.trim_start_matches('-') == name)
+        let is_chosen = chosen.is_empty() || chosen.iter().any(|prefix| name.starts_with(prefix.as_str()));
+        is_chosen && !excluded.iter().any(|argument| argument.trim_start_matches('-') == name)
     };
     let wanted: Vec<_> = GROUPS.iter().filter(|(name, _)| is_wanted(name)).collect();
     if wanted.is_empty() {
@@ -86,9 +86,9 @@ fn main() -> ExitCode {
         note(&error.to_string());
         failed = true;
     }
-    for (name, make) in wanted {
+    for (name, benchmark) in wanted {
         note(&format!("{name}:"));
-        if let Err(error) = make() {
+        if let Err(error) = benchmark() {
             note(&format!("FAILED: {name}: {error}"));
             failed = true;
         }

@@ -33,13 +33,13 @@ pub(crate) fn run() -> Result<(), BenchError> {
             blobs.push(blob / layer);
         }
         note(&format!("frames {}; link {}", spread(&streams), spread(&links)));
-        let on = format!(
+        let context = format!(
             "10 layers of {} MiB, 9 present; both directions, packets without headers: blobs, hash chains, requests, acknowledgements, gossip; on the link, Ethernet headers included, {:.3}; blobs alone {:.4}",
             LAYERS[0] >> 20,
             median(links),
             median(blobs),
         );
-        figure("missing_layer_bytes_ratio", median(streams), &on);
+        figure("missing_layer_bytes_ratio", median(streams), &context);
         Ok(())
     })
 }
@@ -57,12 +57,12 @@ async fn recover_one_layer(nodes: &Nodes, seed: u64) -> Result<TransferredBytes,
     let image = nodes.put_image_on(PROVIDER, &wanted, &LAYERS, seed).await?;
     nodes.put_image_on(FETCHER, &older, &LAYERS[..9], seed).await?;
     nodes.wait_providers(&wanted, [FETCHER], &[PROVIDER]).await?;
-    let came = async || nodes.metric(FETCHER, "lighterman_fetched_bytes_total").await;
-    let (came_before, before) = (came().await?, nodes.network.link_bytes()[FETCHER]);
+    let fetched_bytes = async || nodes.metric(FETCHER, "lighterman_fetched_bytes_total").await;
+    let (fetched_before, before) = (fetched_bytes().await?, nodes.network.link_bytes()[FETCHER]);
     pull(&nodes.agents[FETCHER], &wanted, |_| ()).await?;
     // Waits for the last packets and acknowledgements. Gossip that the recovery causes counts too.
     sleep(SETTLE).await;
-    let (link, blob) = (nodes.network.link_bytes()[FETCHER].since(before), came().await? - came_before);
+    let (link, blob) = (nodes.network.link_bytes()[FETCHER].since(before), fetched_bytes().await? - fetched_before);
     nodes.check([FETCHER], &wanted, &image)?;
     nodes.remove_images()?;
     let layer = image.blobs.iter().map(|blob| blob.size).max().ok_or("an image without blobs")? as f64;

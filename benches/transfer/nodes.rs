@@ -45,16 +45,16 @@ pub(crate) struct Nodes {
 }
 
 /// Starts this number of nodes and runs `body`, on a thread inside the nodes' network namespace.
-pub(crate) fn with_nodes<Body>(place: Storage, nodes: usize, body: Body) -> Result<(), BenchError>
+pub(crate) fn with_nodes<Body>(storage: Storage, nodes: usize, body: Body) -> Result<(), BenchError>
 where
     Body: AsyncFnOnce(&mut Nodes) -> Result<(), BenchError> + Send + 'static,
 {
     let work = move || {
-        let wires = AgentNetwork::new(nodes);
-        wires.enter_switch();
+        let network = AgentNetwork::new(nodes);
+        network.enter_switch();
         let runtime = Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
-            let mut nodes = Nodes::start(wires, place, nodes).await?;
+            let mut nodes = Nodes::start(network, storage, nodes).await?;
             timeout(DEADLINE, body(&mut nodes)).await.map_err(|_| "the group exceeded its deadline")?
         })
     };
@@ -64,11 +64,10 @@ where
 
 impl Nodes {
     /// Starts all agents. The calling thread must be in the switch's network namespace.
-    async fn start(wires: AgentNetwork, place: Storage, nodes: usize) -> Result<Self, BenchError> {
+    async fn start(network: AgentNetwork, storage: Storage, nodes: usize) -> Result<Self, BenchError> {
         let kubernetes = Kubernetes::with_own_server(SWITCH).await;
         grant_rbac(&kubernetes, "").await;
-        let mut started =
-            Self { agents: Vec::new(), containerds: Vec::new(), kubernetes, network: wires, _storage: place };
+        let mut started = Self { agents: Vec::new(), containerds: Vec::new(), kubernetes, network, _storage: storage };
         // No other program uses this storage.
         let flags = [
             ("--min-free-bytes", "0"),
@@ -151,17 +150,17 @@ impl Nodes {
     pub(crate) async fn wait_providers(
         &self,
         image: &Reference,
-        seekers: impl IntoIterator<Item = usize>,
+        fetchers: impl IntoIterator<Item = usize>,
         providers: &[usize],
     ) -> Result<(), BenchError> {
         let began = Instant::now();
-        for seeker in seekers {
+        for fetcher in fetchers {
             for provider in providers {
-                let (seeker, provider) = (&self.agents[seeker], &self.agents[*provider].node);
-                while !seeker.would_fetch_from(image, provider).await {
+                let (fetcher, provider) = (&self.agents[fetcher], &self.agents[*provider].node);
+                while !fetcher.would_fetch_from(image, provider).await {
                     if began.elapsed() > WAIT_DEADLINE {
-                        let (node, story) = (&seeker.node, seeker.log_tail());
-                        return Err(format!("{node} does not find {image} on {provider}:\n{story}").into());
+                        let (node, log) = (&fetcher.node, fetcher.log_tail());
+                        return Err(format!("{node} does not find {image} on {provider}:\n{log}").into());
                     }
                     sleep(POLL_INTERVAL).await;
                 }
@@ -224,9 +223,9 @@ pub(crate) fn name_of(what: &str, seed: u64) -> Result<Reference, BenchError> {
 
 /// The median, with the extremes.
 pub(crate) fn spread(values: &[f64]) -> String {
-    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-    let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    format!("median {:.2} of {}, {least:.2} to {most:.2}", median(values.iter().copied()), values.len())
+    let lowest = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let highest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    format!("median {:.2} of {}, {lowest:.2} to {highest:.2}", median(values.iter().copied()), values.len())
 }
 
 fn run(command: &mut Command) -> Result<(), BenchError> {

@@ -150,21 +150,21 @@ impl QuinnSetting {
         let provider = Arc::new(CryptoProvider { cipher_suites: vec![suite], ..default_provider() });
         let (certificate, key) = libp2p_tls::certificate::generate(&Identity::generate().keypair())?;
         let signer = provider.key_provider.load_private_key(key)?;
-        let shown = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], signer)));
+        let resolver = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate], signer)));
         let server = rustls::ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
-            .with_cert_resolver(shown);
+            .with_cert_resolver(resolver);
         let client = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(NoServerVerification))
             .with_no_client_auth();
         // Initial packets use this cipher regardless of the negotiated cipher (RFC 9001, 5.2).
-        let first = cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().and_then(|suite| suite.quic_suite());
-        let first = first.ok_or("no cipher for the first packets")?;
-        let server = QuicServerConfig::with_initial(Arc::new(server), first)?;
-        let client = QuicClientConfig::with_initial(Arc::new(client), first)?;
+        let initial_suite = cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().and_then(|suite| suite.quic_suite());
+        let initial_suite = initial_suite.ok_or("no cipher for the first packets")?;
+        let server = QuicServerConfig::with_initial(Arc::new(server), initial_suite)?;
+        let client = QuicClientConfig::with_initial(Arc::new(client), initial_suite)?;
         let mut server = ServerConfig::with_crypto(Arc::new(server));
         server.transport_config(self.transport());
         let mut client = ClientConfig::new(Arc::new(client));

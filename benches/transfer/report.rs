@@ -9,8 +9,8 @@ pub(crate) fn note(text: &str) {
 }
 
 /// Prints a figure and the conditions of its measurement.
-pub(crate) fn figure(name: &str, value: f64, on: &str) {
-    println!("figure {name} {value:.2} ({on})");
+pub(crate) fn figure(name: &str, value: f64, context: &str) {
+    println!("figure {name} {value:.2} ({context})");
 }
 
 /// The middle value, or the mean of the two middle values.

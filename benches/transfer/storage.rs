@@ -31,12 +31,12 @@ impl Storage {
         let folder = tempfile::tempdir()?;
         let size = format!("size={needed}");
         mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))?;
-        let place = Self { folder, in_memory: true };
+        let storage = Self { folder, in_memory: true };
         let available = std::fs::read_to_string("/proc/meminfo")?;
         let available = available.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.strip_suffix("kB"));
         let available = available.ok_or("no MemAvailable in /proc/meminfo")?.trim().parse::<u64>()? << 10;
         ensure_free("memory", available, needed)?;
-        Ok(place)
+        Ok(storage)
     }
 
     /// A folder on the disk of the build folder, with space for this number of bytes.

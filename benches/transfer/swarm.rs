@@ -74,7 +74,7 @@ async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &
         let (idle, worst) = (100.0 * idle, spread(&worst));
         return Err(format!("{name} is void: only {idle:.0} % of the processors' time was idle ({worst})").into());
     }
-    let on = format!(
+    let context = format!(
         "{what}, 1 seed, {} others at once, {mbit_s} Mbit/s each way; {}; the median node {:.2}; the seed's link carried {:.2} copies; at least {:.0} % of the processors' time idle",
         NODES - 1,
         spread(&worst),
@@ -82,7 +82,7 @@ async fn measure(nodes: &Nodes, name: &str, mbit_s: u32, layers: &[u64], what: &
         median(runs.iter().map(|run| run.copies)),
         100.0 * idle,
     );
-    figure(name, median(worst), &on);
+    figure(name, median(worst), &context);
     Ok(())
 }
 

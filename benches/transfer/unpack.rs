@@ -37,10 +37,10 @@ struct UnpackTimes {
     to_usable: f64,
 }
 
-pub(crate) fn run(frames: &LoopbackNetwork) -> Result<(), BenchError> {
-    let place = Storage::disk(NEEDED)?;
-    let source = Containerd::start(place.path().join("a"))?;
-    let destination = Containerd::start_with_cri(place.path().join("b"))?;
+pub(crate) fn run(network: &LoopbackNetwork) -> Result<(), BenchError> {
+    let storage = Storage::disk(NEEDED)?;
+    let source = Containerd::start(storage.path().join("a"))?;
+    let destination = Containerd::start_with_cri(storage.path().join("b"))?;
     let reference: Reference = "bench.test/unpack:1".parse()?;
     note("making the image");
     let packed = LAYERS.iter().enumerate().map(|(number, size)| layer(number, *size)).collect::<Result<Vec<_>, _>>()?;
@@ -48,14 +48,15 @@ pub(crate) fn run(frames: &LoopbackNetwork) -> Result<(), BenchError> {
         let store = ContainerdStore::new(source.config())?;
         Ok::<_, BenchError>(put_gzip_layers(&store, &reference.to_string(), packed).await?)
     })?;
-    let agents = MODES.map(|(unpacks, _)| AgentPair::start(&source, &destination, ContentAccess::Files, unpacks));
+    let agents =
+        MODES.map(|(unpack_mode, _)| AgentPair::start(&source, &destination, ContentAccess::Files, unpack_mode));
     let [early, later] = agents;
     let agents = [early?, later?];
     let mut took: [Vec<UnpackTimes>; MODES.len()] = Default::default();
     // The first run of each mode opens connections and fills caches, and does not count.
     for round in 0..=ROUNDS {
         for ((agents, (_, name)), took) in agents.iter().zip(MODES).zip(&mut took) {
-            place.settle()?;
+            storage.settle()?;
             let once = recover(agents, &destination, &reference, &image)?;
             note(&format!("round {round} of {ROUNDS}{name}: {:.2} s and {:.2} s", once.to_record, once.to_usable));
             if round > 0 {
@@ -64,15 +65,15 @@ pub(crate) fn run(frames: &LoopbackNetwork) -> Result<(), BenchError> {
         }
     }
     let (packed, unpacked) = (image.bytes() >> 20, LAYERS.iter().sum::<usize>() >> 20);
-    let on = format!(
-        "{place}, {}, {packed} MiB of gzip in {} layers, {unpacked} MiB unpacked, overlayfs, {frames}, {ROUNDS} rounds",
+    let context = format!(
+        "{storage}, {}, {packed} MiB of gzip in {} layers, {unpacked} MiB unpacked, overlayfs, {network}, {ROUNDS} rounds",
         destination.version()?,
         LAYERS.len(),
     );
     for ((_, name), took) in MODES.iter().zip(&took) {
-        figure(&format!("import_to_usable_s{name}"), median(took.iter().map(|took| took.to_usable)), &on);
+        figure(&format!("import_to_usable_s{name}"), median(took.iter().map(|took| took.to_usable)), &context);
         let total = median(took.iter().map(|took| took.to_record + took.to_usable));
-        figure(&format!("recover_to_usable_s{name}"), total, &on);
+        figure(&format!("recover_to_usable_s{name}"), total, &context);
     }
     Ok(())
 }

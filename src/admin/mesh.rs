@@ -55,12 +55,12 @@ impl MeshPage {
 
     /// The bytes of the response; `None` when the mesh does not answer.
     async fn bytes(&self, as_table: bool) -> Option<Bytes> {
-        let mut last = self.cached.lock().await;
-        if last.as_ref().is_none_or(|answer| answer.at.elapsed() >= cache_lifetime(&answer.status)) {
+        let mut cached = self.cached.lock().await;
+        if cached.as_ref().is_none_or(|answer| answer.at.elapsed() >= cache_lifetime(&answer.status)) {
             let status = self.source.mesh().await;
-            *last = status.map(|status| CachedStatus { at: Instant::now(), status, json: None, table: None });
+            *cached = status.map(|status| CachedStatus { at: Instant::now(), status, json: None, table: None });
         }
-        let CachedStatus { at: _, status, json, table } = last.as_mut()?;
+        let CachedStatus { at: _, status, json, table } = cached.as_mut()?;
         let bytes = match as_table {
             true => table.get_or_insert_with(|| (status.summary().join("\n") + "\n\n" + &status.table()).into()),
             false => json.get_or_insert_with(|| serde_json::to_vec(status).expect("names and numbers are JSON").into()),
@@ -111,9 +111,9 @@ mod tests {
     #[async_trait]
     impl MeshSource for CountingMesh {
         async fn mesh(&self) -> Option<MeshStatus> {
-            let asked = self.0.fetch_add(1, Ordering::Relaxed);
+            let count = self.0.fetch_add(1, Ordering::Relaxed);
             // The third request gets no answer.
-            (asked != 2).then(|| MeshStatus { alive: asked, ..MeshStatus::default() })
+            (count != 2).then(|| MeshStatus { alive: count, ..MeshStatus::default() })
         }
     }
 

@@ -68,10 +68,10 @@ impl LimitedServer {
                 Some(_) = serving.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, peer)) => match acquire_permit(&connections, &stream, peer) {
-                        Ok(place) => drop(serving.spawn(serve(stream, router.clone(), place))),
-                        Err(rejected) => {
-                            metrics.admin_connection_rejected(rejection_label(rejected));
-                            tracing::debug!(%peer, reason = %rejected, "the admin port rejects a connection");
+                        Ok(permit) => drop(serving.spawn(serve(stream, router.clone(), permit))),
+                        Err(rejection) => {
+                            metrics.admin_connection_rejected(rejection_label(rejection));
+                            tracing::debug!(%peer, reason = %rejection, "the admin port rejects a connection");
                         }
                     },
                     Err(error) => {
@@ -116,8 +116,8 @@ fn is_of_node(peer: IpAddr, local: IpAddr) -> bool {
     peer == local || (!peer.is_loopback() && is_local_address(peer))
 }
 
-fn rejection_label(rejected: ConnectionRejection) -> &'static str {
-    match rejected {
+fn rejection_label(rejection: ConnectionRejection) -> &'static str {
+    match rejection {
         ConnectionRejection::Address => "address",
         ConnectionRejection::Subnet => "subnet",
         ConnectionRejection::Origin => "all",
@@ -126,7 +126,7 @@ fn rejection_label(rejected: ConnectionRejection) -> &'static str {
 
 /// Serves one request. A client opens another connection for the next request, so idle clients
 /// occupy no permit.
-async fn serve(stream: TcpStream, router: Router, _place: ConnectionPermit) {
+async fn serve(stream: TcpStream, router: Router, _permit: ConnectionPermit) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)

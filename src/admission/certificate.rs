@@ -90,7 +90,7 @@ pub struct CertificateAdmission {
 
 /// The file contents, and the credential signed with them.
 struct SignedCredential {
-    read: FileContents,
+    contents: FileContents,
     authority: Authority,
     credential: Credential,
     issued: Duration,
@@ -110,15 +110,15 @@ impl CertificateAdmission {
     /// [`CertificateFilesError`]. Files that become unusable later change nothing until the last
     /// statement expires.
     pub fn open(files: CertificateFiles, peer: PeerId) -> Result<Self, CertificateFilesError> {
-        let material = SignedCredential::sign(FileContents::read(&files)?, &files, peer, now())?;
-        Ok(Self { peer, files, current: RwLock::new(Arc::new(material)), renewals: watch::Sender::default() })
+        let signed = SignedCredential::sign(FileContents::read(&files)?, &files, peer, now())?;
+        Ok(Self { peer, files, current: RwLock::new(Arc::new(signed)), renewals: watch::Sender::default() })
     }
 
     /// Reads the files and renews the statement, until `stop`.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         while stop.run_until_cancelled(tokio::time::sleep(RELOAD_INTERVAL)).await.is_some() {
-            let looking = self.clone();
-            match spawn_blocking(move || looking.reload(now())).await {
+            let admission = self.clone();
+            match spawn_blocking(move || admission.reload(now())).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     tracing::warn!(%error, "the certificate files cannot be used; the previous credential stays")
@@ -129,12 +129,12 @@ impl CertificateAdmission {
     }
 
     fn reload(&self, now: Duration) -> Result<(), CertificateFilesError> {
-        let (read, before) = (FileContents::read(&self.files)?, self.signed_credential());
-        if read == before.read && now < before.issued + RESIGN_AFTER {
+        let (contents, previous) = (FileContents::read(&self.files)?, self.signed_credential());
+        if contents == previous.contents && now < previous.issued + RESIGN_AFTER {
             return Ok(());
         }
-        let material = SignedCredential::sign(read, &self.files, self.peer, now)?;
-        *self.current.write().expect("no thread panics while it holds the lock") = Arc::new(material);
+        let signed = SignedCredential::sign(contents, &self.files, self.peer, now)?;
+        *self.current.write().expect("no thread panics while it holds the lock") = Arc::new(signed);
         self.renewals.send_modify(|renewals| *renewals += 1);
         Ok(())
     }
@@ -147,13 +147,13 @@ impl CertificateAdmission {
 #[async_trait]
 impl Admission for CertificateAdmission {
     async fn credential(&self) -> Result<Credential, Rejection> {
-        let material = self.signed_credential();
-        if now() > material.issued + STATEMENT_LIFE {
+        let signed = self.signed_credential();
+        if now() > signed.issued + STATEMENT_LIFE {
             return Err(Rejection::Undecided(
                 "this agent's last statement has expired; check the certificate files".to_owned(),
             ));
         }
-        Ok(material.credential.clone())
+        Ok(signed.credential.clone())
     }
 
     fn credential_changes(&self) -> watch::Receiver<u64> {
@@ -165,8 +165,8 @@ impl Admission for CertificateAdmission {
     }
 
     fn admit_relayed(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection> {
-        let decided = verify(credential.expose(), peer, &self.signed_credential().authority, now());
-        let valid_until = decided.map_err(|flaw| Rejection::Denied(flaw.to_string()))?;
+        let verdict = verify(credential.expose(), peer, &self.signed_credential().authority, now());
+        let valid_until = verdict.map_err(|rejection| Rejection::Denied(rejection.to_string()))?;
         Ok(AdmittedPeer { node: None, pod: None, valid_until, is_in_grace: false })
     }
 }
@@ -191,7 +191,7 @@ impl FileContents {
 impl SignedCredential {
     /// Signs for `peer`, and verifies the credential as peers do.
     fn sign(
-        read: FileContents,
+        contents: FileContents,
         files: &CertificateFiles,
         peer: PeerId,
         now: Duration,
@@ -201,13 +201,13 @@ impl SignedCredential {
             let all = all.map_err(|error| malformed(path, format!("not certificates in PEM: {error}")))?;
             if all.is_empty() { Err(malformed(path, "the file has no certificate".to_owned())) } else { Ok(all) }
         };
-        let chain = certificates(&files.certificate, &read.certificate)?;
-        let authorities = certificates(&files.authority, &read.authority)?;
+        let chain = certificates(&files.certificate, &contents.certificate)?;
+        let authorities = certificates(&files.authority, &contents.authority)?;
         let authority = Authority::new(&authorities, &files.name)
             .map_err(|error: AuthorityError| malformed(&files.authority, error.to_string()))?;
         // A parser's error is not repeated: the text could contain a part of the key.
         let no_key = |_| malformed(&files.key, "the file has no private key of a supported kind".to_owned());
-        let key = PrivateKeyDer::from_pem_slice(&read.key).map_err(|_| no_key(()))?;
+        let key = PrivateKeyDer::from_pem_slice(&contents.key).map_err(|_| no_key(()))?;
         let key = any_supported_type(&key).map_err(|_| no_key(()))?;
         let signer = key.choose_scheme(&authority.schemes()).ok_or_else(|| no_key(()))?;
         let signature = signer.sign(&statement(peer, now)).map_err(|_| no_key(()))?;
@@ -216,7 +216,7 @@ impl SignedCredential {
             return Err(CertificateRejection::TooLong.into());
         }
         verify(credential.expose(), peer, &authority, now)?;
-        Ok(Self { read, authority, credential, issued: now })
+        Ok(Self { contents, authority, credential, issued: now })
     }
 }
 

@@ -81,7 +81,7 @@ pub(super) async fn build(context: &AgentContext, dependencies: OperatorDependen
     let policy_file: Option<watch::Receiver<PolicyFileStatus>> = policy_watch.as_ref().map(PolicyWatch::status);
     let status = AgentStatus {
         node,
-        me: peer,
+        own_peer: peer,
         mesh: mesh_status,
         inventory,
         tracker: tracker.clone(),

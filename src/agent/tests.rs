@@ -57,10 +57,10 @@ const IMAGE: &str = "r.test/shop/checkout:v1";
 
 impl TestNode {
     fn new() -> Self {
-        let mut rules = Policy::default();
-        rules.budgets.min_free_bytes = 0;
-        rules.budgets.image_gc_percent = 100;
-        rules.budgets.eviction_percent = 0;
+        let mut policy = Policy::default();
+        policy.budgets.min_free_bytes = 0;
+        policy.budgets.image_gc_percent = 100;
+        policy.budgets.eviction_percent = 0;
         let cluster = MemoryCluster::default();
         cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
         Self {
@@ -72,7 +72,7 @@ impl TestNode {
             downloads: Downloads::default(),
             zone: None,
             metrics: Metrics::new(),
-            policy: watch::Sender::new(Arc::new(rules)),
+            policy: watch::Sender::new(Arc::new(policy)),
             imports: watch::Sender::new(ImportPermission::Allowed),
             resolve: ResolveOptions::default(),
         }
@@ -80,7 +80,7 @@ impl TestNode {
 
     /// Changes what is in force.
     fn change_policy(&self, change: impl FnOnce(&mut Policy)) {
-        self.policy.send_modify(|rules| change(Arc::make_mut(rules)));
+        self.policy.send_modify(|policy| change(Arc::make_mut(policy)));
     }
 
     /// A peer with a store of its own that holds an image under this name, and says so.

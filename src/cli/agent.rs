@@ -36,16 +36,16 @@ const AUTO_SOCKET: &str = "auto";
 
 /// Runs the agent until SIGTERM or SIGINT.
 pub(super) fn run(config: Config) -> ExitCode {
-    let ran = runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(run_agent(config)));
-    match ran {
+    let result = runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(run_agent(config)));
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = %error_chain(&*error), "the agent stops on an error");
-            let is_settings = error.is::<containerd::ConfigError>()
+            let is_usage_error = error.is::<containerd::ConfigError>()
                 || error.is::<CertificateFilesError>()
                 || error.is::<registry::ConfigError>()
                 || error.is::<webhook::ConfigError>();
-            if is_settings { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
+            if is_usage_error { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -58,7 +58,7 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         cluster,
         registry,
         webhook,
-        admission: admitting,
+        admission: admission_mode,
         mut settings,
     } = config;
     for listen in [&mut transfer.listen, &mut mesh.listen, &mut settings.admin_listen] {
@@ -78,15 +78,15 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     }
     let store = ContainerdStore::new(containerd)?;
     let kube = Arc::new(cluster::connect(cluster).await?);
-    let answering = watch::Sender::new(false);
-    let (imports, told) =
+    let containerd_ready = watch::Sender::new(false);
+    let (imports, containerd_status) =
         (watch::Sender::new(ImportPermission::Unknown), watch::Sender::new(ContainerdStatus::default()));
-    let (pods_in, pods) = mpsc::channel(POD_EVENTS_QUEUED);
+    let (pod_sender, pods) = mpsc::channel(POD_EVENTS_QUEUED);
     let mut supervisor = Supervisor::default();
     let local_peer = identity.peer_id();
-    let admission: Arc<dyn Admission> = match admitting {
-        AdmissionMode::Token(keep) => {
-            let admission = Arc::new(TokenAdmission::new(&kube, local_peer, keep, metrics.clone()));
+    let admission: Arc<dyn Admission> = match admission_mode {
+        AdmissionMode::Token(options) => {
+            let admission = Arc::new(TokenAdmission::new(&kube, local_peer, options, metrics.clone()));
             let running = Arc::clone(&admission);
             supervisor.spawn("token", |stop| async move { running.run(stop).await });
             admission
@@ -102,7 +102,7 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         Some(webhook) => Some(Arc::new(Webhook::new(webhook).await?)),
         None => None,
     };
-    let world = AgentPorts {
+    let ports = AgentPorts {
         store: Arc::new(store.clone()),
         unpacker: settings.unpack_layers.then(|| Arc::new(store.clone()) as _),
         layer_leases: Some(Arc::new(store.clone())),
@@ -116,29 +116,29 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         pull_connections: Some(Arc::new(store.clone())),
         notifier,
         imports: imports.subscribe(),
-        containerd: Some(told.subscribe()),
+        containerd: Some(containerd_status.subscribe()),
         pods,
         readiness_checks: vec![
-            ReadinessCheck { name: "containerd", passes: answering.subscribe() },
+            ReadinessCheck { name: "containerd", passes: containerd_ready.subscribe() },
             ReadinessCheck { name: "pod watch", passes: kube.synced() },
         ],
     };
-    let swept = Arc::clone(&kube);
+    let sweep_kube = Arc::clone(&kube);
     let probe = ContainerdProbe {
         store: store.clone(),
         verifiers: settings.image_verifier_dir.clone(),
         import_past_verifiers: settings.import_past_verifiers,
         unpack_layers: settings.unpack_layers,
-        ready: answering,
+        ready: containerd_ready,
         imports,
-        status: told,
+        status: containerd_status,
     };
     supervisor.spawn("containerd", |stop| store.run(stop));
     supervisor.spawn("probe", |stop| probe.run(stop));
-    supervisor.spawn("sweep", |stop| delete_abandoned_claims(swept, stop));
-    let agent = Agent::start(settings, transfer, mesh, identity, world, metrics, supervisor).await?;
+    supervisor.spawn("sweep", |stop| delete_abandoned_claims(sweep_kube, stop));
+    let agent = Agent::start(settings, transfer, mesh, identity, ports, metrics, supervisor).await?;
     let Agent { mut supervisor, inventory: _, tracker: _, transfer: _, admin: _ } = agent;
-    supervisor.spawn("pods", |stop| async move { kube.watch_pods(pods_in, stop).await });
+    supervisor.spawn("pods", |stop| async move { kube.watch_pods(pod_sender, stop).await });
     let shutdown = async move {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("SIGTERM: the agent finishes"),
@@ -152,8 +152,8 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
 
 /// Replaces `[::]`, which means all addresses, by `0.0.0.0` on a node without IPv6.
 fn listen_address(listen: SocketAddr) -> SocketAddr {
-    let everywhere = listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
-    if everywhere && !has_ipv6() {
+    let is_unspecified = listen.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    if is_unspecified && !has_ipv6() {
         return SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listen.port());
     }
     listen
@@ -164,7 +164,7 @@ const PROBE_PERIOD: Duration = Duration::from_secs(5);
 
 /// Interval of reads of containerd's settings. A restart may change the settings, and an
 /// administrator may add image verifiers.
-const SURROUNDINGS_PERIOD: Duration = Duration::from_secs(60);
+const INSPECT_PERIOD: Duration = Duration::from_secs(60);
 
 /// Publishes whether this node's containerd answers, its settings, and whether imports are
 /// permitted.
@@ -182,7 +182,7 @@ struct ContainerdProbe {
 impl ContainerdProbe {
     async fn run(self, stop: CancellationToken) {
         let mut last = None;
-        let mut looked: Option<Instant> = None;
+        let mut inspected_at: Option<Instant> = None;
         loop {
             let now = self.store.ready().await.map_err(|error| error.to_string());
             if last.as_ref() != Some(&now) {
@@ -190,11 +190,11 @@ impl ContainerdProbe {
                     Ok(version) => tracing::info!(version, "containerd answers"),
                     Err(error) => tracing::warn!(error, "containerd does not answer; the agent waits for containerd"),
                 }
-                looked = None;
+                inspected_at = None;
             }
-            if now.is_ok() && looked.is_none_or(|at| at.elapsed() >= SURROUNDINGS_PERIOD) {
-                self.probe_surroundings().await;
-                looked = Some(Instant::now());
+            if now.is_ok() && inspected_at.is_none_or(|at| at.elapsed() >= INSPECT_PERIOD) {
+                self.inspect_containerd().await;
+                inspected_at = Some(Instant::now());
             }
             self.ready.send_replace(now.is_ok());
             last = Some(now);
@@ -206,7 +206,7 @@ impl ContainerdProbe {
 
     /// Reads containerd's settings, and decides whether imports are permitted. containerd runs
     /// image verifiers for CRI's pulls and not for imports, so an import bypasses the verifiers.
-    async fn probe_surroundings(&self) {
+    async fn inspect_containerd(&self) {
         let found: Result<ContainerdInfo, StoreError> = self.store.inspect(&self.verifiers).await;
         let found = match found {
             Ok(found) => found,

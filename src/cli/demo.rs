@@ -94,60 +94,61 @@ pub(super) fn run(args: DemoArgs) -> ExitCode {
 
 async fn run_demo(args: DemoArgs) -> Result<DemoOutcome, DemoError> {
     let DemoArgs { nodes: count, image_size, json, folder } = args;
-    let show = DemoOutput::new(json);
+    let output = DemoOutput::new(json);
     let folder = tempfile::Builder::new().prefix("lighterman-demo-").tempdir_in(&folder)?;
 
-    show.step(&format!("Starting {count} agents, each with a key, a content store on disk and two ports on loopback."));
+    output
+        .step(&format!("Starting {count} agents, each with a key, a content store on disk and two ports on loopback."));
     let cluster = MemoryCluster::default();
     cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
     let mut nodes = start_nodes(count, folder.path(), &cluster).await?;
     for node in &nodes {
-        show.detail(&format!(
+        output.detail(&format!(
             "{}  {}  blobs udp {}  metrics http://{}/metrics",
             node.name, node.peer, node.transfer, node.admin
         ));
     }
-    show.step("Each agent admits the other agents by key, connects, and receives their inventories.");
+    output.step("Each agent admits the other agents by key, connects, and receives their inventories.");
     within("connections between all agents", async { nodes[0].wait_for_peers(nodes.len() - 1).await }).await?;
 
     let registry = closed_port()?;
     let reference: Reference = format!("{registry}/shop/checkout:v1").parse()?;
     let image = put_on_first(&nodes[0], &reference, image_size).await?;
     let digest = image.target.digest;
-    show.step(&format!("{} has {reference}:", nodes[0].name));
-    show.detail(&format!("{digest}, {} layers, {}", image.blobs.len() - 1, human_bytes(image.bytes())));
+    output.step(&format!("{} has {reference}:", nodes[0].name));
+    output.detail(&format!("{digest}, {} layers, {}", image.blobs.len() - 1, human_bytes(image.bytes())));
     within("the announcement of the image", nodes[1].wait_for_provider(&reference, digest)).await?;
 
-    show.step(&format!("A pod on {} needs the image. The node's kubelet tries the registry:", nodes[1].name));
+    output.step(&format!("A pod on {} needs the image. The node's kubelet tries the registry:", nodes[1].name));
     let pods = nodes[1].take_pods().ok_or("the node has a kubelet already")?;
     let store = Arc::<LayoutStore>::clone(&nodes[1].store);
     let mut kubelet = Kubelet::new(store, cluster.nudges(), pods, reference.clone());
     let failure = kubelet.try_to_pull(registry).await?;
-    show.detail(&failure);
+    output.detail(&failure);
     let began = Instant::now();
     kubelet.report_failure(&failure).await?;
 
     let watching = CancellationToken::new();
-    let bars = show.progress(nodes[1].board.clone(), reference.clone(), watching.clone());
+    let bars = output.progress(nodes[1].tracker.clone(), reference.clone(), watching.clone());
     let started = within("the start of the pod", kubelet.run_until_started()).await;
     watching.cancel();
     bars.await?;
     started?;
     let took = began.elapsed();
-    let recovered = match nodes[1].board.ended(&reference) {
+    let recovered = match nodes[1].tracker.ended(&reference) {
         Some(Ok(recovered)) => recovered,
         Some(Err(error)) => return Err(error.into()),
         None => return Err("the pod runs, but no image was recovered".into()),
     };
-    show.step(&format!("The pod runs, {:.2} s after the failed pull.", took.as_secs_f64()));
-    let providers = show_recovery(&show, &nodes, &recovered);
+    output.step(&format!("The pod runs, {:.2} s after the failed pull.", took.as_secs_f64()));
+    let providers = show_recovery(&output, &nodes, &recovered);
     for (_, report) in cluster.reports() {
-        show.detail(&format!("Event {}: {}", report.kind.reason(), report.note));
+        output.detail(&format!("Event {}: {}", report.kind.reason(), report.note));
     }
 
-    show.step("Reading every blob from the disk and verifying its hash:");
+    output.step("Reading every blob from the disk and verifying its hash:");
     let verified = verify(&*nodes[1].store, &image).await?;
-    show.detail(&format!("{} blobs, {digest}: {}", image.blobs.len() + 1, if verified { "right" } else { "WRONG" }));
+    output.detail(&format!("{} blobs, {digest}: {}", image.blobs.len() + 1, if verified { "right" } else { "WRONG" }));
 
     for node in nodes.drain(..).rev() {
         node.stop().await?;
@@ -178,9 +179,9 @@ async fn put_on_first(node: &DemoNode, reference: &Reference, size: u64) -> Resu
     Ok(image)
 }
 
-fn show_recovery(show: &DemoOutput, nodes: &[DemoNode], recovered: &RecoveredImage) -> Vec<String> {
+fn show_recovery(output: &DemoOutput, nodes: &[DemoNode], recovered: &RecoveredImage) -> Vec<String> {
     let rate = recovered.bytes as f64 / 1e6 / recovered.took.as_secs_f64().max(1e-9);
-    show.detail(&format!(
+    output.detail(&format!(
         "{} in {} blobs fetched in {:.2} s: {rate:.0} MB/s, encrypted, each blob hashed during the transfer and synced to disk",
         human_bytes(recovered.bytes),
         recovered.fetched,
@@ -190,7 +191,7 @@ fn show_recovery(show: &DemoOutput, nodes: &[DemoNode], recovered: &RecoveredIma
     for (peer, bytes) in &recovered.providers {
         let name =
             nodes.iter().find(|node| node.peer == *peer).map_or_else(|| peer.to_string(), |node| node.name.clone());
-        show.detail(&format!("from {name}: {}", human_bytes(*bytes)));
+        output.detail(&format!("from {name}: {}", human_bytes(*bytes)));
         names.push(name);
     }
     names

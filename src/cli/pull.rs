@@ -55,10 +55,10 @@ Exit codes: 0 the image is on this node (with --dry-run: it has a provider), 1 i
 
 pub(super) fn run(args: PullArgs) -> ExitCode {
     let PullArgs { reference, dry_run, socket, timeout, json } = args;
-    let mut show = PullOutput::new(&reference, dry_run, json);
+    let mut output = PullOutput::new(&reference, dry_run, json);
     let client = socket.client();
     let work = async {
-        let pulled = pull(&client, &reference, dry_run, |progress| show.show(progress));
+        let pulled = pull(&client, &reference, dry_run, |progress| output.show(progress));
         tokio::time::timeout(Duration::from_secs(timeout), pulled).await
     };
     let pulled = match runtime() {

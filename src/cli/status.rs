@@ -88,8 +88,8 @@ fn table(status: &Status) -> String {
         recoveries,
         policy_file,
     } = status;
-    let word = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
-    let mut rows = vec![("node", word(node)), ("PeerId", word(peer_id)), ("version", word(version))];
+    let cell = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
+    let mut rows = vec![("node", cell(node)), ("PeerId", cell(peer_id)), ("version", cell(version))];
     rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
     rows.push(("mesh", mesh.as_ref().map_or_else(unknown_lines, MeshStatus::summary)));
     rows.push(("UDP to peers", vec![udp.as_ref().map_or_else(unknown, udp_line)]));
@@ -138,7 +138,7 @@ fn containerd_rows(containerd: &ContainerdStatus) -> Vec<(&'static str, Vec<Stri
         sandbox_image,
         image_verifiers,
     } = containerd;
-    let read = blobs_read.map_or_else(unknown, |way| way.to_string());
+    let read = blobs_read.map_or_else(unknown, |access| access.to_string());
     let layers = match discards_unpacked_layers {
         Some(true) => "discarded (discard_unpacked_layers), except retained layers".into(),
         Some(false) => "kept".into(),

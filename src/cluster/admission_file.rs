@@ -91,7 +91,7 @@ impl AdmissionFile {
     /// Reads the file. An unusable file counts as empty, and the log says why.
     pub(super) fn load(path: &Path) -> Self {
         match read(path) {
-            Ok(kept) => kept,
+            Ok(stored) => stored,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Self::empty(),
             Err(error) => {
                 tracing::warn!(file = %path.display(), %error, "the stored keys, token and verdicts are not used");
@@ -102,8 +102,10 @@ impl AdmissionFile {
 
     /// Takes the peers; an entry without a valid PeerId or UID is skipped.
     pub(super) fn peers(&mut self) -> Vec<(PeerId, PeerVerdict)> {
-        let peers =
-            std::mem::take(&mut self.peers).into_iter().take(MAX_PEERS).filter(|kept| kept.pod_uid.len() <= MAX_UID);
+        let peers = std::mem::take(&mut self.peers)
+            .into_iter()
+            .take(MAX_PEERS)
+            .filter(|stored| stored.pod_uid.len() <= MAX_UID);
         let peers = peers.filter_map(|StoredPeer { peer, pod_uid, node, until }| {
             Some((peer.parse().ok()?, PeerVerdict::new(pod_uid, node, Duration::from_secs(until))))
         });

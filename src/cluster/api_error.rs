@@ -137,8 +137,8 @@ pub(super) fn error_chain(error: &dyn Error) -> String {
 }
 
 /// At most `most` bytes of the text, cut between characters.
-pub(super) fn truncate(text: &str, most: usize) -> &str {
-    let mut end = most.min(text.len());
+pub(super) fn truncate(text: &str, limit: usize) -> &str {
+    let mut end = limit.min(text.len());
     while !text.is_char_boundary(end) {
         end -= 1;
     }
@@ -149,8 +149,8 @@ pub(super) fn truncate(text: &str, most: usize) -> &str {
 /// text, and kube inserts the text into the URL's path unchanged.
 pub(super) fn is_object_name(text: &str) -> bool {
     let is_label = |label: &str| {
-        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(plain)
+        let is_allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(is_allowed)
     };
     text.len() <= 253 && text.split('.').all(is_label)
 }

@@ -42,8 +42,8 @@ impl ApiServerClient {
     ) -> Result<String, ApiError> {
         let request = request.map_err(kube::Error::BuildRequest)?;
         let answer = call(limit, self.client.request_text(request)).await;
-        let answers = !matches!(answer, Err(ApiError::Unavailable(_)));
-        *self.last_result.lock().expect("no code panics under this lock") = Some((Instant::now(), answers));
+        let is_reachable = !matches!(answer, Err(ApiError::Unavailable(_)));
+        *self.last_result.lock().expect("no code panics under this lock") = Some((Instant::now(), is_reachable));
         answer
     }
 

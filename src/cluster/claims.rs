@@ -54,8 +54,8 @@ impl KubeCluster {
     /// Deletes the Lease in exactly this version; `false` when the Lease is gone or was renewed.
     async fn delete_lease(&self, lease: Lease) -> Result<bool, ClaimError> {
         let ObjectMeta { name: Some(name), uid, resource_version, .. } = lease.metadata else { return Ok(false) };
-        let only_this = DeleteParams::default().preconditions(Preconditions { resource_version, uid });
-        match call(CLAIM_TIMEOUT, self.leases().delete(&name, &only_this)).await {
+        let params = DeleteParams::default().preconditions(Preconditions { resource_version, uid });
+        match call(CLAIM_TIMEOUT, self.leases().delete(&name, &params)).await {
             Ok(_) => Ok(true),
             Err(ApiError::NotFound(_) | ApiError::Conflict(_)) => Ok(false),
             Err(failure) => Err(failure.into()),
@@ -71,11 +71,18 @@ impl KubeCluster {
     }
 
     /// The Lease with this node as holder, to create or to replace the version `read`.
-    fn build_lease(&self, digest: Digest, read: Option<&LeaseVersion>, now: SystemTime) -> Result<Lease, ClaimError> {
-        let (resource_version, uid) = match read {
-            Some(read) => {
-                read.0.split_once('/').map(|(v, u)| (Some(v.to_owned()), Some(u.to_owned()))).ok_or(ClaimError::Lost)?
-            }
+    fn build_lease(
+        &self,
+        digest: Digest,
+        version: Option<&LeaseVersion>,
+        now: SystemTime,
+    ) -> Result<Lease, ClaimError> {
+        let (resource_version, uid) = match version {
+            Some(version) => version
+                .0
+                .split_once('/')
+                .map(|(v, u)| (Some(v.to_owned()), Some(u.to_owned())))
+                .ok_or(ClaimError::Lost)?,
             None => (None, None),
         };
         let renewed = Timestamp::try_from(now).map_err(|error| ClaimError::Unavailable(error.to_string()))?;
@@ -117,8 +124,8 @@ impl Claims for KubeCluster {
         Ok(())
     }
 
-    async fn update(&self, digest: Digest, read: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError> {
-        let lease = self.build_lease(digest, Some(read), now)?;
+    async fn update(&self, digest: Digest, version: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError> {
+        let lease = self.build_lease(digest, Some(version), now)?;
         call(CLAIM_TIMEOUT, self.leases().replace(&lease_name(digest), &PostParams::default(), &lease)).await?;
         Ok(())
     }
@@ -135,8 +142,8 @@ impl Claims for KubeCluster {
 
 /// The fence of an update: the resource version and the UID. The API server creates a Lease by an
 /// update too, so the version alone would restore a Lease that was deleted.
-fn lease_version(read: ObjectMeta) -> LeaseVersion {
-    LeaseVersion(format!("{}/{}", read.resource_version.unwrap_or_default(), read.uid.unwrap_or_default()))
+fn lease_version(metadata: ObjectMeta) -> LeaseVersion {
+    LeaseVersion(format!("{}/{}", metadata.resource_version.unwrap_or_default(), metadata.uid.unwrap_or_default()))
 }
 
 /// Half of the digest distinguishes images, and the name stays readable in `kubectl get leases`.

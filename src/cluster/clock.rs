@@ -19,14 +19,15 @@ use crate::ports::ClusterError;
 const VERSION_PATH: &str = "/version";
 
 pub(super) async fn sample_clock(client: &Client) -> Result<ClockSample, ClusterError> {
-    let about = |failure: ApiError| failure.into_cluster_error("the API server's version");
+    let to_cluster_error = |failure: ApiError| failure.into_cluster_error("the API server's version");
     let request = Request::get(VERSION_PATH).body(Body::empty());
     let request = request.map_err(|error| ClusterError::Other(error.to_string()))?;
     let (sent, began) = (now(), Instant::now());
     let answer = timeout(REQUEST_TIMEOUT, client.send(request)).await;
     let (took, received) = (began.elapsed(), now());
     let timed_out = |_| ApiError::Unavailable(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()));
-    let answer = answer.map_err(timed_out).and_then(|answer| answer.map_err(ApiError::from)).map_err(about)?;
+    let answer =
+        answer.map_err(timed_out).and_then(|answer| answer.map_err(ApiError::from)).map_err(to_cluster_error)?;
     let date = answer.headers().get(DATE).and_then(parse_date);
     let date = date.ok_or_else(|| ClusterError::Other("the API server's answer has no date".to_owned()))?;
     Ok(ClockSample { sent, took, received, date })
@@ -48,10 +49,10 @@ mod tests {
 
     #[test]
     fn the_date_header_is_parsed_and_invalid_dates_are_ignored() {
-        let read = |text: &str| parse_date(&HeaderValue::from_str(text).unwrap());
-        assert_eq!(read("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::from_secs(784_111_777)));
+        let parsed = |text: &str| parse_date(&HeaderValue::from_str(text).unwrap());
+        assert_eq!(parsed("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::from_secs(784_111_777)));
         for text in ["", "now", "Sun, 06 Nov 1894 08:49:37 GMT", "784111777"] {
-            assert_eq!(read(text), None, "{text}");
+            assert_eq!(parsed(text), None, "{text}");
         }
     }
 }

@@ -67,9 +67,9 @@ impl EventRecorder {
         let written = match decision {
             EventDecision::CountOnly => return Ok(()),
             EventDecision::RateLimited => {
-                let pace = format!("one in {} s", REFILL_INTERVAL.as_secs());
+                let rate = format!("one in {} s", REFILL_INTERVAL.as_secs());
                 return Err(ClusterError::Unavailable(format!(
-                    "the agent's own rate limiter delays the Event ({pace})"
+                    "the agent's own rate limiter delays the Event ({rate})"
                 )));
             }
             EventDecision::Create { name } => self.create(pod, uid, report.kind, note, name, timestamp).await,
@@ -145,7 +145,7 @@ pub(super) fn event_name(pod: &str, now: Timestamp) -> String {
 struct EventCorrelator {
     recorded: HashMap<EventKey, RecordedEvent>,
     tokens: u32,
-    filled: Instant,
+    refilled_at: Instant,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -176,16 +176,16 @@ enum EventDecision {
 
 impl EventCorrelator {
     fn new(now: Instant) -> Self {
-        Self { recorded: HashMap::new(), tokens: BURST, filled: now }
+        Self { recorded: HashMap::new(), tokens: BURST, refilled_at: now }
     }
 
     fn record(&mut self, key: EventKey, name: String, now: Instant) -> EventDecision {
         let may_write = self.take_token(now);
-        if let Some(said) = self.recorded.get_mut(&key).filter(|said| now.duration_since(said.last) < DEDUP_WINDOW) {
-            said.count = said.count.saturating_add(1);
-            said.last = now;
+        if let Some(event) = self.recorded.get_mut(&key).filter(|event| now.duration_since(event.last) < DEDUP_WINDOW) {
+            event.count = event.count.saturating_add(1);
+            event.last = now;
             return if may_write {
-                EventDecision::UpdateCount { name: said.name.clone(), count: said.count }
+                EventDecision::UpdateCount { name: event.name.clone(), count: event.count }
             } else {
                 EventDecision::CountOnly
             };
@@ -194,7 +194,7 @@ impl EventCorrelator {
             return EventDecision::RateLimited;
         }
         if self.recorded.len() >= MAX_RECORDED_EVENTS {
-            let oldest = self.recorded.iter().min_by_key(|(_, said)| said.last).map(|(key, _)| key.clone());
+            let oldest = self.recorded.iter().min_by_key(|(_, event)| event.last).map(|(key, _)| key.clone());
             oldest.and_then(|key| self.recorded.remove(&key));
         }
         self.recorded.insert(key, RecordedEvent { name: name.clone(), count: 1, last: now });
@@ -207,12 +207,12 @@ impl EventCorrelator {
     }
 
     fn take_token(&mut self, now: Instant) -> bool {
-        while self.tokens < BURST && now.duration_since(self.filled) >= REFILL_INTERVAL {
+        while self.tokens < BURST && now.duration_since(self.refilled_at) >= REFILL_INTERVAL {
             self.tokens += 1;
-            self.filled += REFILL_INTERVAL;
+            self.refilled_at += REFILL_INTERVAL;
         }
         if self.tokens == BURST {
-            self.filled = now;
+            self.refilled_at = now;
         }
         let may_write = self.tokens > 0;
         self.tokens = self.tokens.saturating_sub(1);
@@ -228,36 +228,37 @@ mod tests {
         EventKey { pod_uid: pod.to_string(), kind: PodReportKind::NoProvider, note: Digest::of(note.as_bytes()) }
     }
 
-    fn first(name: &str) -> EventDecision {
+    fn created(name: &str) -> EventDecision {
         EventDecision::Create { name: name.into() }
     }
 
     #[test]
     fn repetitions_are_counted_on_the_first_event() {
         let start = Instant::now();
-        let mut ledger = EventCorrelator::new(start);
-        let mut say = |note, name: &str, after| ledger.record(key(1, note), name.into(), start + after);
-        assert_eq!(say("none", "a", Duration::ZERO), first("a"));
-        assert_eq!(say("none", "b", DEDUP_WINDOW / 2), EventDecision::UpdateCount { name: "a".into(), count: 2 });
-        assert_eq!(say("other words", "c", DEDUP_WINDOW / 2), first("c"));
+        let mut correlator = EventCorrelator::new(start);
+        let mut record = |note, name: &str, after| correlator.record(key(1, note), name.into(), start + after);
+        assert_eq!(record("none", "a", Duration::ZERO), created("a"));
+        assert_eq!(record("none", "b", DEDUP_WINDOW / 2), EventDecision::UpdateCount { name: "a".into(), count: 2 });
+        assert_eq!(record("other words", "c", DEDUP_WINDOW / 2), created("c"));
         // The window counts from the last repetition, not from the first.
-        assert_eq!(say("none", "d", DEDUP_WINDOW), EventDecision::UpdateCount { name: "a".into(), count: 3 });
-        assert_eq!(say("none", "e", DEDUP_WINDOW * 2), first("e"));
+        assert_eq!(record("none", "d", DEDUP_WINDOW), EventDecision::UpdateCount { name: "a".into(), count: 3 });
+        assert_eq!(record("none", "e", DEDUP_WINDOW * 2), created("e"));
     }
 
     #[test]
     fn an_outage_with_110_pods_is_reported_at_a_bounded_rate() {
         let start = Instant::now();
-        let mut ledger = EventCorrelator::new(start);
-        let mut say = |pod| ledger.record(key(pod, "none"), String::new(), start);
-        let written = (0..110).filter(|&pod| say(pod) != EventDecision::RateLimited).count();
+        let mut correlator = EventCorrelator::new(start);
+        let mut record = |pod| correlator.record(key(pod, "none"), String::new(), start);
+        let written = (0..110).filter(|&pod| record(pod) != EventDecision::RateLimited).count();
         assert_eq!(written, BURST as usize);
-        assert_eq!(say(0), EventDecision::CountOnly, "the repetition is counted");
-        let mut told = written;
+        assert_eq!(record(0), EventDecision::CountOnly, "the repetition is counted");
+        let mut reported = written;
         let mut waited = Duration::ZERO;
-        while told < 110 {
+        while reported < 110 {
             waited += REFILL_INTERVAL;
-            told += usize::from(ledger.record(key(told, "none"), String::new(), start + waited) == first(""));
+            reported +=
+                usize::from(correlator.record(key(reported, "none"), String::new(), start + waited) == created(""));
         }
         assert_eq!(waited, Duration::from_secs(200));
     }
@@ -265,22 +266,22 @@ mod tests {
     #[test]
     fn a_deferred_count_is_part_of_the_next_update() {
         let start = Instant::now();
-        let mut ledger = EventCorrelator::new(start);
+        let mut correlator = EventCorrelator::new(start);
         for pod in 0..BURST as usize {
-            ledger.record(key(pod, "none"), "a".into(), start);
+            correlator.record(key(pod, "none"), "a".into(), start);
         }
-        assert_eq!(ledger.record(key(0, "none"), "b".into(), start), EventDecision::CountOnly);
-        let next = ledger.record(key(0, "none"), "b".into(), start + REFILL_INTERVAL);
+        assert_eq!(correlator.record(key(0, "none"), "b".into(), start), EventDecision::CountOnly);
+        let next = correlator.record(key(0, "none"), "b".into(), start + REFILL_INTERVAL);
         assert_eq!(next, EventDecision::UpdateCount { name: "a".into(), count: 3 });
     }
 
     #[test]
     fn an_idle_hour_saves_up_no_more_than_a_burst() {
         let start = Instant::now();
-        let mut ledger = EventCorrelator::new(start);
+        let mut correlator = EventCorrelator::new(start);
         let later = start + Duration::from_secs(3600);
         let written = (0..100)
-            .filter(|&pod| ledger.record(key(pod, ""), String::new(), later) != EventDecision::RateLimited)
+            .filter(|&pod| correlator.record(key(pod, ""), String::new(), later) != EventDecision::RateLimited)
             .count();
         assert_eq!(written, BURST as usize);
     }
@@ -288,14 +289,14 @@ mod tests {
     #[test]
     fn the_number_of_recorded_events_is_bounded() {
         let start = Instant::now();
-        let mut ledger = EventCorrelator::new(start);
+        let mut correlator = EventCorrelator::new(start);
         for pod in 0..MAX_RECORDED_EVENTS + 10 {
             let now = start + REFILL_INTERVAL * u32::try_from(pod).unwrap() / 10;
-            ledger.tokens = BURST;
-            ledger.record(key(pod, ""), String::new(), now);
+            correlator.tokens = BURST;
+            correlator.record(key(pod, ""), String::new(), now);
         }
-        assert_eq!(ledger.recorded.len(), MAX_RECORDED_EVENTS);
-        assert!(!ledger.recorded.contains_key(&key(9, "")) && ledger.recorded.contains_key(&key(10, "")));
+        assert_eq!(correlator.recorded.len(), MAX_RECORDED_EVENTS);
+        assert!(!correlator.recorded.contains_key(&key(9, "")) && correlator.recorded.contains_key(&key(10, "")));
     }
 
     #[test]

@@ -45,29 +45,31 @@ struct CachedKeys {
 impl KeySource {
     /// Starts with the stored keys, unless every token that they could verify has expired, `grace`
     /// included. Fetched keys replace the stored keys.
-    pub(super) fn new(server: Arc<ApiServerClient>, kept: Option<StoredKeys>, grace: Duration) -> Self {
+    pub(super) fn new(server: Arc<ApiServerClient>, stored: Option<StoredKeys>, grace: Duration) -> Self {
         // A time in the future comes from a clock that was wrong. Such keys count as fetched now,
         // and expire like other keys.
-        let is_of_use = |kept: &StoredKeys| Duration::from_secs(kept.at).saturating_add(MAX_LIFE + grace) > now();
-        let known = kept.filter(is_of_use).and_then(|StoredKeys { published, at }| {
+        let is_usable = |stored: &StoredKeys| Duration::from_secs(stored.at).saturating_add(MAX_LIFE + grace) > now();
+        let cached_keys = stored.filter(is_usable).and_then(|StoredKeys { published, at }| {
             let keys = Arc::new(parse(&published.discovery, &published.jwks).ok()?);
             Some(CachedKeys { keys, published, fetched_at: Duration::from_secs(at).min(now()) })
         });
         Self {
             api_server: server,
-            cached: Mutex::new(known),
+            cached: Mutex::new(cached_keys),
             last_fetch: tokio::sync::Mutex::default(),
             refetch_requests: Notify::new(),
         }
     }
 
     pub(super) fn cached(&self) -> Option<Arc<ClusterKeys>> {
-        self.lock().as_ref().map(|known| known.keys.clone())
+        self.lock().as_ref().map(|cached| cached.keys.clone())
     }
 
     pub(super) fn to_stored(&self) -> Option<StoredKeys> {
-        let known = self.lock();
-        known.as_ref().map(|known| StoredKeys { published: known.published.clone(), at: known.fetched_at.as_secs() })
+        let cached = self.lock();
+        cached
+            .as_ref()
+            .map(|cached| StoredKeys { published: cached.published.clone(), at: cached.fetched_at.as_secs() })
     }
 
     /// Wakes the task in [`KeySource::refetch_requested`], which then fetches the keys. The fetch
@@ -80,8 +82,8 @@ impl KeySource {
     /// fetch.
     pub(super) async fn refetch_requested(&self) {
         self.refetch_requests.notified().await;
-        let asked = self.last_fetch.lock().await.as_ref().map(|(at, _)| *at);
-        if let Some(at) = asked {
+        let last_fetch = self.last_fetch.lock().await.as_ref().map(|(at, _)| *at);
+        if let Some(at) = last_fetch {
             tokio::time::sleep_until(at + MIN_REFETCH_INTERVAL).await;
         }
     }
@@ -89,12 +91,12 @@ impl KeySource {
     /// Fetches the keys, at most once in [`MIN_REFETCH_INTERVAL`]; a call within the interval gets
     /// the result of the last fetch. After an error the cached keys stay.
     pub(super) async fn refetch(&self) -> Result<Arc<ClusterKeys>, String> {
-        let mut asked = self.last_fetch.lock().await;
-        if asked.as_ref().is_none_or(|(at, _)| at.elapsed() >= MIN_REFETCH_INTERVAL) {
-            let outcome = self.fetch().await.map(|known| *self.lock() = Some(known));
-            *asked = Some((Instant::now(), outcome));
+        let mut last_fetch = self.last_fetch.lock().await;
+        if last_fetch.as_ref().is_none_or(|(at, _)| at.elapsed() >= MIN_REFETCH_INTERVAL) {
+            let outcome = self.fetch().await.map(|fetched| *self.lock() = Some(fetched));
+            *last_fetch = Some((Instant::now(), outcome));
         }
-        match asked.as_ref() {
+        match last_fetch.as_ref() {
             Some((_, Err(text))) => Err(text.clone()),
             _ => self.cached().ok_or_else(|| "the cluster's signing keys were not fetched yet".to_owned()),
         }
@@ -168,7 +170,7 @@ mod tests {
             key
         };
         let curve = |crv: &str, alg: &str| json!({ "kty": "EC", "kid": "ec", "alg": alg, "crv": crv, "x": "AQAB", "y": "AQAB" });
-        for (key, taken) in [
+        for (key, is_accepted) in [
             (rsa("a"), true),
             (with(rsa("a"), "alg", "PS256"), true),
             (with(rsa("a"), "alg", "PS512"), true),
@@ -184,7 +186,7 @@ mod tests {
             (curve("P-521", "ES512"), false),
         ] {
             let set = json!({ "keys": [key.clone()] }).to_string();
-            assert_eq!(parse(DISCOVERY, &set).is_ok(), taken, "{key}");
+            assert_eq!(parse(DISCOVERY, &set).is_ok(), is_accepted, "{key}");
         }
     }
 

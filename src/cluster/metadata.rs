@@ -15,8 +15,8 @@ pub(super) async fn metadata<K>(api: &Api<K>, name: &str, uid: Option<&str>) -> 
 where
     K: Clone + Debug + DeserializeOwned,
 {
-    let ask = async |how: GetParams| {
-        let found = call(REQUEST_TIMEOUT, api.get_metadata_with(name, &how)).await?.metadata;
+    let get = async |params: GetParams| {
+        let found = call(REQUEST_TIMEOUT, api.get_metadata_with(name, &params)).await?.metadata;
         match uid {
             Some(uid) if found.uid.as_deref() != Some(uid) => {
                 Err(ApiError::NotFound("a new object has this name".to_owned()))
@@ -24,8 +24,8 @@ where
             _ => Ok(found),
         }
     };
-    match ask(GetParams::any()).await {
-        Err(ApiError::NotFound(_)) => ask(GetParams::default()).await,
+    match get(GetParams::any()).await {
+        Err(ApiError::NotFound(_)) => get(GetParams::default()).await,
         answer => answer,
     }
 }

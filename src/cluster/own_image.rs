@@ -25,9 +25,9 @@ struct OwnPodSnapshot {
 }
 
 impl OwnPodTracker {
-    pub(super) fn apply_event(&self, own: &AgentPod, event: &PodEvent) {
+    pub(super) fn apply_event(&self, agent_pod: &AgentPod, event: &PodEvent) {
         if let PodEvent::Applied(view) = event
-            && is_agent_pod(own, view)
+            && is_agent_pod(agent_pod, view)
         {
             *self.lock() = Some(OwnPodSnapshot::from_view(view));
         }
@@ -120,7 +120,7 @@ mod tests {
         PodEvent::Applied(Box::new(pod_view(serde_json::from_value(pod).unwrap()).unwrap()))
     }
 
-    fn own(uid: Option<&str>) -> AgentPod {
+    fn agent_pod(uid: Option<&str>) -> AgentPod {
         AgentPod {
             node: "n1".parse().unwrap(),
             k8s_namespace: "lighterman".into(),
@@ -132,9 +132,9 @@ mod tests {
 
     #[test]
     fn the_agent_pods_images_and_secrets_are_read_without_ephemeral_containers() {
-        let seen = OwnPodTracker::default();
-        seen.apply_event(&own(Some("a")), &pod("lighterman-abcde", "a"));
-        let OwnPodSnapshot { images, owner } = seen.snapshot().unwrap();
+        let tracker = OwnPodTracker::default();
+        tracker.apply_event(&agent_pod(Some("a")), &pod("lighterman-abcde", "a"));
+        let OwnPodSnapshot { images, owner } = tracker.snapshot().unwrap();
         let names: Vec<_> = images.current.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["r.test/init:1", "r.test/lighterman:v1"]);
         assert_eq!(images.pull_secrets, [("lighterman".to_owned(), "key".to_owned())]);
@@ -143,12 +143,12 @@ mod tests {
 
     #[test]
     fn another_pod_of_the_daemonset_is_not_the_agent_pod() {
-        let seen = OwnPodTracker::default();
-        seen.apply_event(&own(Some("a")), &pod("lighterman-other", "a"));
-        seen.apply_event(&own(Some("a")), &pod("lighterman-abcde", "b"));
-        assert!(seen.snapshot().is_none());
-        seen.apply_event(&own(None), &pod("lighterman-abcde", "b"));
-        assert!(seen.snapshot().is_some(), "without a UID the name identifies the pod");
+        let tracker = OwnPodTracker::default();
+        tracker.apply_event(&agent_pod(Some("a")), &pod("lighterman-other", "a"));
+        tracker.apply_event(&agent_pod(Some("a")), &pod("lighterman-abcde", "b"));
+        assert!(tracker.snapshot().is_none());
+        tracker.apply_event(&agent_pod(None), &pod("lighterman-abcde", "b"));
+        assert!(tracker.snapshot().is_some(), "without a UID the name identifies the pod");
     }
 
     #[test]

@@ -40,22 +40,22 @@ impl AgentToken {
     }
 
     /// The stored token, if the token is for this key and this pod.
-    pub(super) fn from_stored(kept: StoredToken, peer: PeerId, own: &AgentPod, now: Duration) -> Option<Self> {
-        let until = Duration::from_secs(kept.until);
-        let (left, over) = (until.saturating_sub(now), now.saturating_sub(until));
-        let is_own = kept.peer == peer.to_string() && kept.pod == pod_key(own) && left <= MAX_LIFE;
+    pub(super) fn from_stored(stored: StoredToken, peer: PeerId, agent_pod: &AgentPod, now: Duration) -> Option<Self> {
+        let until = Duration::from_secs(stored.until);
+        let (remaining, overdue) = (until.saturating_sub(now), now.saturating_sub(until));
+        let is_own = stored.peer == peer.to_string() && stored.pod == pod_key(agent_pod) && remaining <= MAX_LIFE;
         is_own.then(|| Self {
-            credential: Credential::new(kept.token),
+            credential: Credential::new(stored.token),
             obtained_at: Instant::now(),
-            remaining: left,
-            overdue: over,
+            remaining,
+            overdue,
             expires: until,
         })
     }
 
-    pub(super) fn to_stored(&self, peer: PeerId, own: &AgentPod) -> StoredToken {
+    pub(super) fn to_stored(&self, peer: PeerId, agent_pod: &AgentPod) -> StoredToken {
         let token = self.credential.expose().to_owned();
-        StoredToken { peer: peer.to_string(), pod: pod_key(own), token, until: self.expires.as_secs() }
+        StoredToken { peer: peer.to_string(), pod: pod_key(agent_pod), token, until: self.expires.as_secs() }
     }
 
     /// The time since the token's expiry; `None` before the expiry.
@@ -65,28 +65,33 @@ impl AgentToken {
 }
 
 /// The pod's UID, or its name where the environment sets no UID.
-fn pod_key(own: &AgentPod) -> String {
-    own.pod_uid.clone().unwrap_or_else(|| own.pod_name.clone())
+fn pod_key(agent_pod: &AgentPod) -> String {
+    agent_pod.pod_uid.clone().unwrap_or_else(|| agent_pod.pod_name.clone())
 }
 
 /// The request for a token for this key, bound to this pod.
-pub(super) fn token_request(own: &AgentPod, peer: PeerId) -> Result<Request<Vec<u8>>, Error> {
+pub(super) fn token_request(agent_pod: &AgentPod, peer: PeerId) -> Result<Request<Vec<u8>>, Error> {
     let payload = TokenRequest {
         spec: TokenRequestSpec {
             audiences: vec![peer.to_string()],
             bound_object_ref: Some(BoundObjectReference {
                 api_version: Some("v1".to_owned()),
                 kind: Some("Pod".to_owned()),
-                name: Some(own.pod_name.clone()),
-                uid: own.pod_uid.clone(),
+                name: Some(agent_pod.pod_name.clone()),
+                uid: agent_pod.pod_uid.clone(),
             }),
             expiration_seconds: Some(MAX_LIFE.as_secs().cast_signed()),
         },
         ..TokenRequest::default()
     };
-    let accounts = ServiceAccount::url_path(&(), Some(&own.k8s_namespace));
+    let accounts = ServiceAccount::url_path(&(), Some(&agent_pod.k8s_namespace));
     let body = serde_json::to_vec(&payload).map_err(Error::SerializeBody)?;
-    kube::core::Request::new(accounts).create_subresource("token", &own.service_account, &PostParams::default(), body)
+    kube::core::Request::new(accounts).create_subresource(
+        "token",
+        &agent_pod.service_account,
+        &PostParams::default(),
+        body,
+    )
 }
 
 /// The granted token and its lifetime, from the API server's answer.

@@ -12,8 +12,8 @@ use crate::ports::ClusterError;
 /// Deletes the pod with this UID, with the pod's own grace period.
 pub(super) async fn delete_pod(client: &Client, pod: &PodRef) -> Result<(), ClusterError> {
     let pods = Api::<Pod>::namespaced(client.clone(), &pod.k8s_namespace);
-    let only_this = Preconditions { uid: Some(pod.uid.clone()), resource_version: None };
-    match call(REQUEST_TIMEOUT, pods.delete(&pod.name, &DeleteParams::default().preconditions(only_this))).await {
+    let preconditions = Preconditions { uid: Some(pod.uid.clone()), resource_version: None };
+    match call(REQUEST_TIMEOUT, pods.delete(&pod.name, &DeleteParams::default().preconditions(preconditions))).await {
         Ok(_) => Ok(()),
         // The precondition failed: a new pod has the name.
         Err(ApiError::Conflict(_)) => Err(ClusterError::Gone(format!("pod {pod}"))),

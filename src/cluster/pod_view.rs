@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::api_error::{is_object_name, truncate};
 use super::mirror_pods::MIRROR_ANNOTATION;
-use crate::decide::opt_in::is_deciding;
+use crate::decide::opt_in::affects_opt_in;
 use crate::decide::repositories::MAX_LIST;
 use crate::model::{ContainerKind, ContainerView, ImageVolume, Owner, PodRef, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
@@ -87,8 +87,8 @@ pub(super) fn pod_view(pod: Pod) -> Option<PodView> {
 /// [`MAX_DECIDING_VALUE`] is truncated to a length that every parser rejects. Truncation may take
 /// three bytes more, because a character stays whole.
 pub(super) fn bounded_pairs(pairs: BTreeMap<String, String>) -> BTreeMap<String, String> {
-    let decides = |key: &str| key.rsplit_once('/').is_some_and(|(_, name)| is_deciding(name));
-    let (deciding, others): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(key, _)| decides(key));
+    let is_deciding_key = |key: &str| key.rsplit_once('/').is_some_and(|(_, name)| affects_opt_in(name));
+    let (deciding, others): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(key, _)| is_deciding_key(key));
     let deciding = deciding.into_iter().map(|(key, value)| (key, truncate(&value, MAX_DECIDING_VALUE + 4).to_owned()));
     let others = others.into_iter().filter(|(_, value)| value.len() <= MAX_VALUE);
     others.take(MAX_PAIRS).chain(deciding.take(MAX_PAIRS)).collect()
@@ -98,8 +98,8 @@ pub(super) fn bounded_pairs(pairs: BTreeMap<String, String>) -> BTreeMap<String,
 pub(super) fn controlling_owner(references: Vec<OwnerReference>) -> Option<Owner> {
     let reference = references.into_iter().find(|reference| reference.controller == Some(true))?;
     let OwnerReference { api_version, kind, name, uid, .. } = reference;
-    let is_sane = [&api_version, &kind, &name, &uid].iter().all(|text| text.len() <= MAX_REFERENCE);
-    is_sane.then_some(Owner { api_version, kind, name, uid })
+    let is_bounded = [&api_version, &kind, &name, &uid].iter().all(|text| text.len() <= MAX_REFERENCE);
+    is_bounded.then_some(Owner { api_version, kind, name, uid })
 }
 
 fn image_volume(volume: Volume) -> Option<ImageVolume> {
@@ -182,7 +182,7 @@ mod tests {
     fn every_kind_of_container_has_the_status_of_its_name() {
         let waiting = |reason: &str| json!({ "waiting": { "reason": reason, "message": format!("{reason}!") } });
         let status = |name: &str, state: serde_json::Value| json!({ "name": name, "image": "resolved/by:kubelet", "imageID": "", "ready": false, "restartCount": 0, "state": state });
-        let seen = pod(
+        let view = pod(
             json!({}),
             json!({
                 "initContainers": [
@@ -206,7 +206,7 @@ mod tests {
             |c: &ContainerView| (c.name.clone(), c.kind, c.image.clone(), c.waiting.as_ref().map(|w| w.reason.clone()));
         let text = |text: &str| Some(text.to_owned());
         assert_eq!(
-            seen.containers.iter().map(row).collect::<Vec<_>>(),
+            view.containers.iter().map(row).collect::<Vec<_>>(),
             [
                 ("migrate".into(), ContainerKind::Init, "reg.test/migrate:1".into(), text("ErrImagePull")),
                 ("proxy".into(), ContainerKind::Init, "reg.test/proxy:1".into(), text("PodInitializing")),
@@ -215,10 +215,10 @@ mod tests {
                 ("debug".into(), ContainerKind::Ephemeral, "reg.test/debug:1".into(), text("ImagePullBackOff")),
             ]
         );
-        assert_eq!(seen.containers[0].waiting.as_ref().unwrap().message, "ErrImagePull!");
-        assert_eq!(seen.containers[2].pull_policy, PullPolicy::Never);
-        assert_eq!(seen.pod, PodRef { k8s_namespace: "shop".into(), name: "web-0".into(), uid: "u-1".into() });
-        assert!(!seen.is_ending);
+        assert_eq!(view.containers[0].waiting.as_ref().unwrap().message, "ErrImagePull!");
+        assert_eq!(view.containers[2].pull_policy, PullPolicy::Never);
+        assert_eq!(view.pod, PodRef { k8s_namespace: "shop".into(), name: "web-0".into(), uid: "u-1".into() });
+        assert!(!view.is_ending);
     }
 
     #[test]
@@ -231,17 +231,17 @@ mod tests {
             (&format!("reg.test/a@{DIGEST}"), PullPolicy::IfNotPresent),
             ("not an image", PullPolicy::IfNotPresent),
         ] {
-            let seen = pod(json!({}), json!({ "containers": [{ "name": "c", "image": image }] }), json!({}));
-            assert_eq!(seen.containers[0].pull_policy, policy, "{image}");
-            let seen =
+            let view = pod(json!({}), json!({ "containers": [{ "name": "c", "image": image }] }), json!({}));
+            assert_eq!(view.containers[0].pull_policy, policy, "{image}");
+            let view =
                 pod(json!({}), json!({ "volumes": [{ "name": "v", "image": { "reference": image } }] }), json!({}));
-            assert_eq!(seen.image_volumes[0].pull_policy, policy, "{image}");
+            assert_eq!(view.image_volumes[0].pull_policy, policy, "{image}");
         }
     }
 
     #[test]
     fn image_volumes_are_part_of_the_pod_view() {
-        let seen = pod(
+        let view = pod(
             json!({}),
             json!({ "volumes": [
                 { "name": "scratch", "emptyDir": {} },
@@ -251,7 +251,7 @@ mod tests {
         );
         let model =
             ImageVolume { name: "model".into(), image: "reg.test/model:1".into(), pull_policy: PullPolicy::Never };
-        assert_eq!(seen.image_volumes, [model]);
+        assert_eq!(view.image_volumes, [model]);
     }
 
     #[test]
@@ -276,13 +276,13 @@ mod tests {
 
     #[test]
     fn static_pods_priorities_and_pull_secrets_are_part_of_the_pod_view() {
-        let seen = pod(
+        let view = pod(
             json!({ "annotations": { "kubernetes.io/config.mirror": "hash" } }),
             json!({ "priority": -5, "imagePullSecrets": [{ "name": "regcred" }, { "name": "../x" }, {}] }),
             json!({}),
         );
-        assert_eq!((seen.is_static, seen.priority), (true, -5));
-        assert_eq!(seen.pull_secrets, ["regcred"]);
+        assert_eq!((view.is_static, view.priority), (true, -5));
+        assert_eq!(view.pull_secrets, ["regcred"]);
         let plain = pod(json!({}), json!({}), json!({}));
         assert_eq!((plain.is_static, plain.priority), (false, 0));
     }
@@ -291,7 +291,7 @@ mod tests {
     fn the_size_of_a_pod_view_is_bounded() {
         let many = |item: fn(usize) -> serde_json::Value| (0..1000).map(item).collect::<Vec<_>>();
         let container = |i| json!({ "name": format!("c-{i}"), "image": "reg.test/a:1" });
-        let seen = pod(
+        let view = pod(
             json!({ "annotations": (0..1000).map(|i| (format!("a-{i}"), "".into())).collect::<serde_json::Map<_, _>>() }),
             json!({
                 "initContainers": many(container), "containers": many(container), "ephemeralContainers": many(container),
@@ -300,9 +300,9 @@ mod tests {
             }),
             json!({}),
         );
-        assert_eq!(seen.containers.len(), 3 * MAX_ITEMS);
-        assert_eq!((seen.image_volumes.len(), seen.pull_secrets.len()), (MAX_ITEMS, MAX_SECRETS));
-        assert_eq!(seen.annotations.len(), MAX_PAIRS);
+        assert_eq!(view.containers.len(), 3 * MAX_ITEMS);
+        assert_eq!((view.image_volumes.len(), view.pull_secrets.len()), (MAX_ITEMS, MAX_SECRETS));
+        assert_eq!(view.annotations.len(), MAX_PAIRS);
     }
 
     #[test]
@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn long_annotations_are_dropped_and_long_messages_are_truncated() {
-        let seen = pod(
+        let view = pod(
             json!({ "annotations": { "lighterman.dev/x": "yes", "kubectl.kubernetes.io/last-applied-configuration": "x".repeat(5000) } }),
             json!({ "containers": [{ "name": "c", "image": "reg.test/a:1" }] }),
             json!({ "containerStatuses": [{
@@ -337,7 +337,7 @@ mod tests {
                 "state": { "waiting": { "reason": "ErrImagePull", "message": "é".repeat(5000) } },
             }] }),
         );
-        assert_eq!(seen.annotations.keys().collect::<Vec<_>>(), ["lighterman.dev/x"]);
-        assert_eq!(seen.containers[0].waiting.as_ref().unwrap().message.len(), MAX_TEXT);
+        assert_eq!(view.annotations.keys().collect::<Vec<_>>(), ["lighterman.dev/x"]);
+        assert_eq!(view.containers[0].waiting.as_ref().unwrap().message.len(), MAX_TEXT);
     }
 }

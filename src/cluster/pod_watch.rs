@@ -20,11 +20,11 @@ impl KubeCluster {
     /// Sends every event of this node's pods to `out` until `stop`, or until the receiver closes.
     /// While `out` is full the watch waits: the API server then ends the watch, and the agent
     /// resumes at the last resource version.
-    pub async fn watch_pods(&self, out: mpsc::Sender<PodEvent>, stop: CancellationToken) {
+    pub async fn watch_pods(&self, sender: mpsc::Sender<PodEvent>, stop: CancellationToken) {
         stop.run_until_cancelled(async {
-            let wait = rand::rng().random_range(0.0..=1.0);
-            tokio::time::sleep(self.start_jitter.mul_f64(wait)).await;
-            self.watch(out).await;
+            let jitter = rand::rng().random_range(0.0..=1.0);
+            tokio::time::sleep(self.start_jitter.mul_f64(jitter)).await;
+            self.watch(sender).await;
         })
         .await;
     }
@@ -35,7 +35,7 @@ impl KubeCluster {
         self.synced.subscribe()
     }
 
-    async fn watch(&self, out: mpsc::Sender<PodEvent>) {
+    async fn watch(&self, sender: mpsc::Sender<PodEvent>) {
         let pods = Api::<Pod>::all(self.client.clone());
         // kube's back-off: 0.8 s to 30 s, with jitter. After two minutes without an error the next
         // error starts at 0.8 s again.
@@ -52,11 +52,11 @@ impl KubeCluster {
             let Some(event) = translate(event, &mut listed) else { continue };
             self.mirror_pods.apply_event(&event);
             self.own_pod.apply_event(&self.agent_pod, &event);
-            let done = matches!(event, PodEvent::Synced(_));
-            if out.send(event).await.is_err() {
+            let is_synced = matches!(event, PodEvent::Synced(_));
+            if sender.send(event).await.is_err() {
                 return;
             }
-            if done {
+            if is_synced {
                 self.synced.send_replace(true);
             }
         }

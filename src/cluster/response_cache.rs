@@ -46,7 +46,7 @@ impl<V> Default for CachedResult<V> {
 
 impl<V: Clone> CachedResult<V> {
     fn response_within(&self, limit: Duration) -> Option<V> {
-        self.response.as_ref().filter(|(at, _)| at.elapsed() < limit).map(|(_, known)| known.clone())
+        self.response.as_ref().filter(|(at, _)| at.elapsed() < limit).map(|(_, response)| response.clone())
     }
 
     fn recent_error(&self) -> Option<ApiError> {
@@ -56,8 +56,8 @@ impl<V: Clone> CachedResult<V> {
 
 impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
     /// A response is valid for `fresh`. Above `most` keys the least recently used key is evicted.
-    pub(super) fn new(fresh: Duration, most: usize) -> Self {
-        Self { ttl: fresh, max_entries: most, slots: Mutex::default() }
+    pub(super) fn new(ttl: Duration, max_entries: usize) -> Self {
+        Self { ttl, max_entries, slots: Mutex::default() }
     }
 
     /// The cached response, or the result of `fetch`, which is polled only without a valid
@@ -68,8 +68,8 @@ impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
     pub(super) async fn get(&self, key: K, fetch: impl Future<Output = Result<V, ApiError>>) -> Result<V, ApiError> {
         let state = self.slot(key);
         let mut state = state.lock().await;
-        if let Some(known) = state.response_within(self.ttl) {
-            return Ok(known);
+        if let Some(response) = state.response_within(self.ttl) {
+            return Ok(response);
         }
         let failure = match state.recent_error() {
             Some(failure) => failure,
@@ -88,7 +88,7 @@ impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
             },
         };
         match state.response_within(STALE_IF_ERROR) {
-            Some(known) if matches!(failure, ApiError::Unavailable(_)) => Ok(known),
+            Some(response) if matches!(failure, ApiError::Unavailable(_)) => Ok(response),
             _ => Err(failure),
         }
     }
@@ -110,13 +110,13 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    const FRESH: Duration = Duration::from_secs(30);
-    const MOST: usize = 8;
+    const TTL: Duration = Duration::from_secs(30);
+    const MAX_ENTRIES: usize = 8;
 
     type Answer = Result<&'static str, ApiError>;
 
     fn test_cache() -> ResponseCache<&'static str, &'static str> {
-        ResponseCache::new(FRESH, MOST)
+        ResponseCache::new(TTL, MAX_ENTRIES)
     }
 
     fn down() -> Answer {
@@ -125,12 +125,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_response_is_cached_until_it_expires() {
-        let cached = test_cache();
-        let ask = async |value| cached.get("shop", async move { Ok(value) }).await.unwrap();
-        assert_eq!(ask("old").await, "old");
-        assert_eq!(ask("new").await, "old");
-        tokio::time::advance(FRESH).await;
-        assert_eq!(ask("new").await, "new");
+        let cache = test_cache();
+        let lookup = async |value| cache.get("shop", async move { Ok(value) }).await.unwrap();
+        assert_eq!(lookup("old").await, "old");
+        assert_eq!(lookup("new").await, "old");
+        tokio::time::advance(TTL).await;
+        assert_eq!(lookup("new").await, "new");
     }
 
     #[tokio::test(start_paused = true)]
@@ -138,17 +138,17 @@ mod tests {
         for answer in
             [Ok("yes"), down(), Err(ApiError::NotFound(String::new())), Err(ApiError::Forbidden(String::new()))]
         {
-            let cached = test_cache();
+            let cache = test_cache();
             let requests = AtomicUsize::new(0);
-            let ask = async || {
+            let lookup = async || {
                 let request = async {
                     requests.fetch_add(1, Ordering::Relaxed);
                     tokio::time::sleep(Duration::from_secs(1)).await;
                     answer.clone()
                 };
-                cached.get("shop", request).await
+                cache.get("shop", request).await
             };
-            let answers = futures::future::join_all((0..100).map(|_| ask())).await;
+            let answers = futures::future::join_all((0..100).map(|_| lookup())).await;
             assert!(answers.iter().all(|each| each.is_ok() == answer.is_ok()), "{answer:?}");
             assert_eq!(requests.load(Ordering::Relaxed), 1, "{answer:?}");
         }
@@ -156,49 +156,49 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stale_response_is_served_while_the_api_server_is_unavailable() {
-        let cached = test_cache();
-        let ask = async |answer: Answer| cached.get("shop", async { answer }).await;
-        ask(Ok("yes")).await.unwrap();
+        let cache = test_cache();
+        let lookup = async |answer: Answer| cache.get("shop", async { answer }).await;
+        lookup(Ok("yes")).await.unwrap();
         tokio::time::advance(STALE_IF_ERROR - ERROR_TTL).await;
-        assert_eq!(ask(down()).await.unwrap(), "yes");
+        assert_eq!(lookup(down()).await.unwrap(), "yes");
         tokio::time::advance(ERROR_TTL).await;
-        assert!(matches!(ask(down()).await, Err(ApiError::Unavailable(text)) if text == "down"));
+        assert!(matches!(lookup(down()).await, Err(ApiError::Unavailable(text)) if text == "down"));
         tokio::time::advance(ERROR_TTL).await;
-        assert_eq!(ask(Ok("back")).await.unwrap(), "back");
+        assert_eq!(lookup(Ok("back")).await.unwrap(), "back");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_stale_response_is_not_served_for_a_missing_or_forbidden_object() {
-        let cached = test_cache();
-        let ask = async |answer: Answer| cached.get("shop", async { answer }).await;
-        ask(Ok("yes")).await.unwrap();
-        tokio::time::advance(FRESH).await;
-        assert!(matches!(ask(Err(ApiError::Forbidden(String::new()))).await, Err(ApiError::Forbidden(_))));
+        let cache = test_cache();
+        let lookup = async |answer: Answer| cache.get("shop", async { answer }).await;
+        lookup(Ok("yes")).await.unwrap();
+        tokio::time::advance(TTL).await;
+        assert!(matches!(lookup(Err(ApiError::Forbidden(String::new()))).await, Err(ApiError::Forbidden(_))));
         tokio::time::advance(ERROR_TTL).await;
-        assert_eq!(ask(down()).await.unwrap(), "yes", "rights come and go while an API server starts");
+        assert_eq!(lookup(down()).await.unwrap(), "yes", "rights come and go while an API server starts");
         tokio::time::advance(ERROR_TTL).await;
-        assert!(matches!(ask(Err(ApiError::NotFound(String::new()))).await, Err(ApiError::NotFound(_))));
+        assert!(matches!(lookup(Err(ApiError::NotFound(String::new()))).await, Err(ApiError::NotFound(_))));
         tokio::time::advance(ERROR_TTL).await;
-        assert!(matches!(ask(down()).await, Err(ApiError::Unavailable(_))));
+        assert!(matches!(lookup(down()).await, Err(ApiError::Unavailable(_))));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_cancelled_lookup_leaves_the_request_to_the_next_lookup() {
-        let cached = test_cache();
-        let silent = cached.get("shop", std::future::pending());
+        let cache = test_cache();
+        let silent = cache.get("shop", std::future::pending());
         assert!(tokio::time::timeout(ERROR_TTL, silent).await.is_err());
-        assert_eq!(cached.get("shop", async { Ok("yes") }).await.unwrap(), "yes");
+        assert_eq!(cache.get("shop", async { Ok("yes") }).await.unwrap(), "yes");
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_cache_is_bounded() {
-        let cached = ResponseCache::new(FRESH, MOST);
-        for key in 0..MOST + 2 {
+        let cache = ResponseCache::new(TTL, MAX_ENTRIES);
+        for key in 0..MAX_ENTRIES + 2 {
             tokio::time::advance(Duration::from_millis(1)).await;
-            cached.get(key, async { Ok("yes") }).await.unwrap();
+            cache.get(key, async { Ok("yes") }).await.unwrap();
         }
-        let slots = cached.slots.lock().unwrap();
-        assert_eq!(slots.len(), MOST);
+        let slots = cache.slots.lock().unwrap();
+        assert_eq!(slots.len(), MAX_ENTRIES);
         assert!(!slots.contains_key(&1) && slots.contains_key(&2));
     }
 }

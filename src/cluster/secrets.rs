@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_of_another_type_or_shape_is_refused_with_a_reason() {
+    fn a_secret_of_another_type_or_shape_is_rejected_with_a_reason() {
         let (json, old) = ("kubernetes.io/dockerconfigjson", "kubernetes.io/dockercfg");
         for (type_, key, content, reason) in [
             ("Opaque", ".dockerconfigjson", &b"{}"[..], "is not a pull secret"),
@@ -90,8 +90,8 @@ mod tests {
             (old, ".dockercfg", b"[]", "not a JSON object"),
             (old, ".dockercfg", b"{", "not a JSON object"),
         ] {
-            let said = secret(type_, key, content).unwrap_err();
-            assert!(said.contains(reason), "{type_} {key}: {said}");
+            let error = secret(type_, key, content).unwrap_err();
+            assert!(error.contains(reason), "{type_} {key}: {error}");
         }
         assert!(secret(json, ".dockerconfigjson", &[b' '; MAX_BYTES]).is_ok());
     }

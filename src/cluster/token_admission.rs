@@ -80,21 +80,23 @@ pub struct TokenAdmission {
 impl TokenAdmission {
     /// Admission for the agent with the key `peer`. Without a stored token,
     /// [`Admission::credential`] fails until [`TokenAdmission::run`] has a token.
-    pub fn new(cluster: &KubeCluster, peer: PeerId, keep: TokenAdmissionOptions, metrics: Metrics) -> Self {
-        let own = cluster.agent_pod.clone();
-        let expectations =
-            Expectations { k8s_namespace: own.k8s_namespace.clone(), service_account: own.service_account.clone() };
-        let mut kept = keep.file.as_deref().map_or_else(AdmissionFile::empty, AdmissionFile::load);
-        let server = Arc::new(ApiServerClient::new(cluster.client.clone()));
+    pub fn new(cluster: &KubeCluster, peer: PeerId, options: TokenAdmissionOptions, metrics: Metrics) -> Self {
+        let agent_pod = cluster.agent_pod.clone();
+        let expectations = Expectations {
+            k8s_namespace: agent_pod.k8s_namespace.clone(),
+            service_account: agent_pod.service_account.clone(),
+        };
+        let mut stored = options.file.as_deref().map_or_else(AdmissionFile::empty, AdmissionFile::load);
+        let api_server = Arc::new(ApiServerClient::new(cluster.client.clone()));
         Self {
-            keys: KeySource::new(server.clone(), kept.keys.take(), keep.grace),
-            verdicts: VerdictCache::new(kept.peers(), keep.grace),
-            token: Mutex::new(kept.token.and_then(|kept| AgentToken::from_stored(kept, peer, &own, now()))),
-            api_server: server,
-            agent_pod: own,
+            keys: KeySource::new(api_server.clone(), stored.keys.take(), options.grace),
+            verdicts: VerdictCache::new(stored.peers(), options.grace),
+            token: Mutex::new(stored.token.and_then(|stored| AgentToken::from_stored(stored, peer, &agent_pod, now()))),
+            api_server,
+            agent_pod,
             peer,
             expectations,
-            options: keep,
+            options,
             budget: SharedReviewBudget::full(),
             renewals: watch::Sender::default(),
             unsaved: Notify::new(),
@@ -175,8 +177,8 @@ impl TokenAdmission {
             let token = self.token.lock().expect("no code panics under this lock");
             token.as_ref().map(|token| token.to_stored(self.peer, &self.agent_pod))
         };
-        let kept = AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(now()));
-        let stored = spawn_blocking(move || kept.store(&file).map_err(|error| (file, error))).await;
+        let contents = AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(now()));
+        let stored = spawn_blocking(move || contents.store(&file).map_err(|error| (file, error))).await;
         if let Ok(Err((file, error))) = &stored {
             tracing::warn!(file = %file.display(), %error, "keys, token and verdicts cannot be stored for a restart; the agent retries");
         }
@@ -291,7 +293,9 @@ impl Admission for TokenAdmission {
         };
         match token.expired_for() {
             None => Ok(token.credential.clone()),
-            Some(over) if over < self.options.grace && self.api_server.reachability() == Reachability::Unreachable => {
+            Some(overdue)
+                if overdue < self.options.grace && self.api_server.reachability() == Reachability::Unreachable =>
+            {
                 Ok(token.credential.clone())
             }
             Some(_) => Err(Rejection::Undecided(
@@ -309,15 +313,15 @@ impl Admission for TokenAdmission {
             Some(keys) => (keys, false),
             None => (self.keys.refetch().await.map_err(Rejection::Undecided)?, true),
         };
-        let found = match self.verify_claims(peer, credential, &keys) {
+        let verified = match self.verify_claims(peer, credential, &keys) {
             // The signing key, or the issuer's name, is newer than the cached keys.
             Err(TokenRejection::UnknownKey | TokenRejection::Issuer) if !just_fetched => {
                 let keys = self.keys.refetch().await.map_err(Rejection::Undecided)?;
                 self.verify_claims(peer, credential, &keys)
             }
-            found => found,
+            verified => verified,
         };
-        let (claims, now) = (found.map_err(|flaw| Rejection::Denied(flaw.to_string()))?, now());
+        let (claims, now) = (verified.map_err(|rejection| Rejection::Denied(rejection.to_string()))?, now());
         if claims.is_expired(now) {
             if self.is_in_grace(peer, &claims, now) && self.api_server.reachability() == Reachability::Unknown {
                 // The request finds out whether the API server answers; its result is not used.
@@ -334,12 +338,12 @@ impl Admission for TokenAdmission {
             self.keys.request_refetch();
             return Err(Rejection::Undecided("the cluster's signing keys were not fetched yet".to_owned()));
         };
-        let claims = self.verify_claims(peer, credential, &keys).map_err(|flaw| match flaw {
+        let claims = self.verify_claims(peer, credential, &keys).map_err(|rejection| match rejection {
             TokenRejection::UnknownKey | TokenRejection::Issuer => {
                 self.keys.request_refetch();
-                Rejection::Undecided(flaw.to_string())
+                Rejection::Undecided(rejection.to_string())
             }
-            flaw => Rejection::Denied(flaw.to_string()),
+            rejection => Rejection::Denied(rejection.to_string()),
         })?;
         let now = now();
         if claims.is_expired(now) {
@@ -363,14 +367,14 @@ fn now() -> Duration {
 /// Time until the renewal of a token: around 80 % of its lifetime, so that twelve minutes of an
 /// hour remain for an API-server outage. `chance` (0 to 1) spreads the renewals of agents that
 /// started together by a tenth.
-fn renewal_delay(life: Duration, chance: f64) -> Duration {
-    life.mul_f64(0.75 + 0.1 * chance)
+fn renewal_delay(life: Duration, jitter: f64) -> Duration {
+    life.mul_f64(0.75 + 0.1 * jitter)
 }
 
 /// The back-off after `failures` failures in a row; one half is random.
-fn backoff_delay(failures: u32, chance: f64) -> Duration {
+fn backoff_delay(failures: u32, jitter: f64) -> Duration {
     let longest = MIN_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_BACKOFF);
-    longest.mul_f64(0.5 + 0.5 * chance)
+    longest.mul_f64(0.5 + 0.5 * jitter)
 }
 
 #[cfg(test)]

@@ -65,9 +65,9 @@ pub(super) enum ReviewStatus {
 }
 
 impl VerdictCache {
-    pub(super) fn new(kept: impl IntoIterator<Item = (PeerId, PeerVerdict)>, grace: Duration) -> Self {
+    pub(super) fn new(stored: impl IntoIterator<Item = (PeerId, PeerVerdict)>, grace: Duration) -> Self {
         let mut table = VerdictTable::default();
-        kept.into_iter().take(MAX_PEERS).for_each(|(peer, verdict)| table.insert(peer, verdict));
+        stored.into_iter().take(MAX_PEERS).for_each(|(peer, verdict)| table.insert(peer, verdict));
         Self { table: Mutex::new(table), grace, changed: AtomicBool::new(false) }
     }
 
@@ -85,12 +85,12 @@ impl VerdictCache {
     /// stays.
     pub(super) fn record_verified(&self, peer: PeerId, claims: &Claims, now: Duration) {
         let mut table = self.lock();
-        if let Some(known) = table.verdicts.get_mut(&peer).filter(|known| known.pod_uid == claims.pod_uid) {
-            known.expires = known.expires.max(claims.expires);
+        if let Some(verdict) = table.verdicts.get_mut(&peer).filter(|verdict| verdict.pod_uid == claims.pod_uid) {
+            verdict.expires = verdict.expires.max(claims.expires);
             return;
         }
         // A token that another member relayed can be older than the recorded token.
-        if table.verdicts.get(&peer).is_some_and(|known| known.expires > claims.expires) {
+        if table.verdicts.get(&peer).is_some_and(|verdict| verdict.expires > claims.expires) {
             return;
         }
         if table.verdicts.len() >= MAX_PEERS && !table.verdicts.contains_key(&peer) {
@@ -108,7 +108,7 @@ impl VerdictCache {
         let mut table = self.lock();
         let review = if passed { ReviewOutcome::Accepted } else { ReviewOutcome::Rejected(Instant::now()) };
         match table.verdicts.get_mut(&peer) {
-            Some(known) if known.pod_uid == claims.pod_uid => known.review = review,
+            Some(verdict) if verdict.pod_uid == claims.pod_uid => verdict.review = review,
             Some(_) if !passed => table.insert(peer, PeerVerdict { review, ..PeerVerdict::from_claims(claims) }),
             _ => {}
         }
@@ -139,7 +139,7 @@ impl VerdictCache {
     }
 
     fn matching(&self, peer: PeerId, claims: &Claims) -> Option<PeerVerdict> {
-        self.lock().verdicts.get(&peer).filter(|known| known.pod_uid == claims.pod_uid).cloned()
+        self.lock().verdicts.get(&peer).filter(|verdict| verdict.pod_uid == claims.pod_uid).cloned()
     }
 
     fn lock(&self) -> MutexGuard<'_, VerdictTable> {
@@ -175,8 +175,8 @@ impl PeerVerdict {
         Self::new(claims.pod_uid.clone(), claims.node.clone(), claims.expires)
     }
 
-    pub(super) fn new(pod_uid: String, node: Option<NodeName>, until: Duration) -> Self {
-        Self { pod_uid, node, expires: until, review: ReviewOutcome::NotReviewed }
+    pub(super) fn new(pod_uid: String, node: Option<NodeName>, expires: Duration) -> Self {
+        Self { pod_uid, node, expires, review: ReviewOutcome::NotReviewed }
     }
 }
 

@@ -110,9 +110,9 @@ impl PolicyOverrides {
         if text.len() > MAX_BYTES {
             return Err(PolicyFileError { line: 1, column: 1, reason: format!("the file is over {MAX_BYTES} bytes") });
         }
-        let written: Option<RawPolicyFile> = serde_saphyr::from_str_with_options(text, options()).map_err(|error| {
-            let place = error.location().map_or((1, 1), |place| (place.line(), place.column()));
-            PolicyFileError { line: place.0, column: place.1, reason: yaml_node::plain_message(&error) }
+        let raw: Option<RawPolicyFile> = serde_saphyr::from_str_with_options(text, options()).map_err(|error| {
+            let location = error.location().map_or((1, 1), |location| (location.line(), location.column()));
+            PolicyFileError { line: location.0, column: location.1, reason: yaml_node::plain_message(&error) }
         })?;
         let RawPolicyFile {
             kill_switch,
@@ -129,7 +129,7 @@ impl PolicyOverrides {
             eviction_percent,
             max_download_rate,
             max_upload_rate,
-        } = written.unwrap_or_default();
+        } = raw.unwrap_or_default();
         Ok(Self {
             kill_switch: read_field(kill_switch, yaml_node::boolean)?,
             denied_namespaces: read_field(denied_namespaces, yaml_node::namespaces)?,
@@ -164,18 +164,18 @@ impl PolicyOverrides {
 
     /// The policy in force: `base` with the fields of this file.
     pub fn apply(&self, base: &Policy) -> Policy {
-        let mut rules = base.clone();
-        let (policy, budgets) = (&mut rules.opt_in, &mut rules.budgets);
-        override_with(&mut policy.kill_switch, &self.kill_switch);
-        override_with(&mut policy.denied_k8s_namespaces, &self.denied_namespaces);
-        override_with(&mut policy.recover_on, &self.recover_on);
-        override_with(&mut policy.require_repositories, &self.require_repositories);
-        for (selector, said) in [
-            (&mut policy.denied_selector, &self.denied_namespace_selector),
-            (&mut policy.allowed_selector, &self.allowed_namespace_selector),
+        let mut policy = base.clone();
+        let (opt_in, budgets) = (&mut policy.opt_in, &mut policy.budgets);
+        override_with(&mut opt_in.kill_switch, &self.kill_switch);
+        override_with(&mut opt_in.denied_k8s_namespaces, &self.denied_namespaces);
+        override_with(&mut opt_in.recover_on, &self.recover_on);
+        override_with(&mut opt_in.require_repositories, &self.require_repositories);
+        for (selector, override_value) in [
+            (&mut opt_in.denied_selector, &self.denied_namespace_selector),
+            (&mut opt_in.allowed_selector, &self.allowed_namespace_selector),
         ] {
-            if said.is_some() {
-                selector.clone_from(said);
+            if override_value.is_some() {
+                selector.clone_from(override_value);
             }
         }
         override_with(&mut budgets.concurrent_recoveries, &self.concurrent_recoveries);
@@ -186,7 +186,7 @@ impl PolicyOverrides {
         override_with(&mut budgets.eviction_percent, &self.eviction_percent);
         override_with(&mut budgets.max_download_rate, &self.max_download_rate);
         override_with(&mut budgets.max_upload_rate, &self.max_upload_rate);
-        rules
+        policy
     }
 
     /// The fields of the file with their values, for log and status. A list shows its first eight
@@ -240,9 +240,9 @@ fn read_field<T>(
     field.as_ref().map(parse).transpose()
 }
 
-fn override_with<T: Clone>(value: &mut T, said: &Option<T>) {
-    if let Some(said) = said {
-        value.clone_from(said);
+fn override_with<T: Clone>(value: &mut T, override_value: &Option<T>) {
+    if let Some(override_value) = override_value {
+        value.clone_from(override_value);
     }
 }
 

@@ -41,7 +41,7 @@ impl fmt::Display for IngestMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Linked => f.write_str("linked"),
-            Self::Copied(why) => write!(f, "copied: {why}"),
+            Self::Copied(reason) => write!(f, "copied: {reason}"),
         }
     }
 }
@@ -72,31 +72,31 @@ impl ContainerdStore {
     /// has no folder for blobs. An invisible folder is looked for on each call: containerd creates
     /// the folder with the first blob.
     pub(super) async fn ingest_mode(&self) -> Result<Option<IngestMode>, StoreError> {
-        let mut known = self.state.ingest_mode.lock().await;
-        let unseen = IngestMode::Copied(CONTENT_NOT_VISIBLE.into());
-        if known.as_ref().is_some_and(|known| *known != unseen) {
-            return Ok(known.clone());
+        let mut cached = self.state.ingest_mode.lock().await;
+        let not_visible = IngestMode::Copied(CONTENT_NOT_VISIBLE.into());
+        if cached.as_ref().is_some_and(|cached| *cached != not_visible) {
+            return Ok(cached.clone());
         }
         let found = match self.content_root().await? {
             Some(root) => self
                 .probe(&root)
                 .await?
-                .map_or_else(|AdoptionError(why)| IngestMode::Copied(why), |()| IngestMode::Linked),
+                .map_or_else(|AdoptionError(reason)| IngestMode::Copied(reason), |()| IngestMode::Linked),
             None if self.is_without_content().await? => return Ok(None),
-            None => unseen,
+            None => not_visible,
         };
-        if known.as_ref() != Some(&found) {
+        if cached.as_ref() != Some(&found) {
             log_ingest_mode(&found);
         }
-        Ok(known.insert(found).clone().into())
+        Ok(cached.insert(found).clone().into())
     }
 
     /// Records that links do not work any more.
-    pub(super) async fn record_adoption_error(&self, why: String) {
-        let (mut known, found) = (self.state.ingest_mode.lock().await, IngestMode::Copied(why));
-        if known.as_ref() != Some(&found) {
+    pub(super) async fn record_adoption_error(&self, reason: String) {
+        let (mut cached, found) = (self.state.ingest_mode.lock().await, IngestMode::Copied(reason));
+        if cached.as_ref() != Some(&found) {
             log_ingest_mode(&found);
-            *known = Some(found);
+            *cached = Some(found);
         }
     }
 
@@ -105,16 +105,17 @@ impl ContainerdStore {
     async fn probe(&self, root: &Path) -> Result<Result<(), AdoptionError>, StoreError> {
         let bytes = rand::random::<[u8; 32]>();
         let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
-        let names = ProbeFile { staged: root.join(STAGING_FOLDER).join(digest.hex()), linked: blob_path(root, digest) };
-        let linking = move || names.create(&bytes).map(|()| names);
-        let names = match blocking(linking).await? {
-            Ok(names) => names,
+        let probe_file =
+            ProbeFile { staged: root.join(STAGING_FOLDER).join(digest.hex()), linked: blob_path(root, digest) };
+        let linking = move || probe_file.create(&bytes).map(|()| probe_file);
+        let probe_file = match blocking(linking).await? {
+            Ok(probe_file) => probe_file,
             Err(error) => return Ok(Err(AdoptionError(format!("linking into containerd's content store: {error}")))),
         };
         let opened = self.open_stream(digest, size, None).await.map(|stream| stream.offered);
         let aborted = self.abort(digest).await;
-        blocking(move || drop(names)).await?;
-        let offered = opened.map_err(|status| self.link.blob_error(digest, &status))?;
+        blocking(move || drop(probe_file)).await?;
+        let offered = opened.map_err(|status| self.client.blob_error(digest, &status))?;
         aborted?;
         Ok(if offered == size { Ok(()) } else { Err(AdoptionError(FILES_NOT_ADOPTED.into())) })
     }
@@ -126,25 +127,25 @@ impl ContainerdStore {
         file: &Arc<StagingFile>,
         root: &Arc<Path>,
         pin: &Pin,
-        remembered: &BlobMetadata,
+        metadata: &BlobMetadata,
     ) -> Result<Result<(), AdoptionError>, StoreError> {
         let (digest, size) = (slot.digest(), file.size());
         for _ in 0..TRIES {
             // Another client wrote the blob, which the pin holds since it was staged.
             if self.find_blob(digest).await?.is_some() {
-                return self.add_labels(digest, remembered).await.map(Ok);
+                return self.add_labels(digest, metadata).await.map(Ok);
             }
             let (linked, to) = (Arc::clone(file), blob_path(root, digest));
             if let Err(error) = blocking(move || link_blob(&linked, &to, digest)).await? {
                 return Ok(Err(AdoptionError(format!("linking into containerd's content store: {error}"))));
             }
             let stream = match self.open_write(slot, size, pin).await {
-                Err(StoreError::AlreadyExists(_)) => return self.add_labels(digest, remembered).await.map(Ok),
+                Err(StoreError::AlreadyExists(_)) => return self.add_labels(digest, metadata).await.map(Ok),
                 stream => stream?,
             };
             if stream.offered == size {
-                let committed = stream.accept(digest, size, missing_labels(&HashMap::new(), remembered)).await;
-                self.finish_commit(slot, committed, remembered).await?;
+                let committed = stream.accept(digest, size, missing_labels(&HashMap::new(), metadata)).await;
+                self.finish_commit(slot, committed, metadata).await?;
                 if self.find_blob(digest).await?.is_some() {
                     return Ok(Ok(()));
                 }
@@ -200,19 +201,19 @@ fn verify_linked(staged: &Path, linked: &Path, digest: Digest) -> io::Result<boo
     if !fs::symlink_metadata(linked).is_ok_and(|that| (this.dev(), this.ino()) == (that.dev(), that.ino())) {
         return Ok(false);
     }
-    let is_right = has_digest(staged, digest)?;
-    if !is_right {
+    let is_intact = has_digest(staged, digest)?;
+    if !is_intact {
         remove_wrong_file(linked, &staged.with_extension(WRONG_EXTENSION), digest)?;
         fs::remove_file(staged)?;
     }
-    Ok(is_right)
+    Ok(is_intact)
 }
 
 fn log_ingest_mode(found: &IngestMode) {
     match found {
         IngestMode::Linked => tracing::info!("blobs are linked into containerd's content store"),
-        IngestMode::Copied(why) => {
-            tracing::warn!(why, "blobs are sent through containerd's content API, which is slower")
+        IngestMode::Copied(reason) => {
+            tracing::warn!(reason, "blobs are sent through containerd's content API, which is slower")
         }
     }
 }
@@ -262,8 +263,8 @@ fn link_blob(file: &StagingFile, to: &Path, digest: Digest) -> io::Result<()> {
     sync_folder(to.parent().expect("blobs are in a folder"))
 }
 
-fn unless_absent<T>(otherwise: T) -> impl FnOnce(io::Error) -> io::Result<T> {
-    |error| if error.kind() == io::ErrorKind::NotFound { Ok(otherwise) } else { Err(error) }
+fn unless_absent<T>(default: T) -> impl FnOnce(io::Error) -> io::Result<T> {
+    |error| if error.kind() == io::ErrorKind::NotFound { Ok(default) } else { Err(error) }
 }
 
 /// Removes a file with wrong bytes from the blobs. Puts the file back if its bytes are right now.

@@ -43,13 +43,13 @@ pub(super) struct ContainerdClient {
 
 impl ContainerdClient {
     pub(super) fn new(socket: PathBuf, namespace: &str) -> Result<Self, ConfigError> {
-        let unusable = || ConfigError::Namespace(namespace.to_owned());
+        let invalid_namespace = || ConfigError::Namespace(namespace.to_owned());
         // As containerd's `identifiers.Validate`. A valid name has no special meaning in a filter.
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        if namespace.is_empty() || namespace.len() > 76 || !namespace.bytes().all(plain) {
-            return Err(unusable());
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if namespace.is_empty() || namespace.len() > 76 || !namespace.bytes().all(is_allowed) {
+            return Err(invalid_namespace());
         }
-        let namespace = namespace.parse().map_err(|_| unusable())?;
+        let namespace = namespace.parse().map_err(|_| invalid_namespace())?;
         let path = socket.to_str().ok_or_else(|| ConfigError::Socket(socket.clone()))?;
         // No HTTP/2 keep-alive: a Unix socket does not go silent, and gRPC servers disconnect
         // clients that ping more often than every five minutes.
@@ -121,6 +121,6 @@ pub(super) async fn with_deadline<T>(
     deadline: Duration,
     answer: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, Status> {
-    let silent = |_| Err(Status::deadline_exceeded(format!("no answer within {} s", deadline.as_secs())));
-    tokio::time::timeout(deadline, answer).await.unwrap_or_else(silent)
+    let timed_out = |_| Err(Status::deadline_exceeded(format!("no answer within {} s", deadline.as_secs())));
+    tokio::time::timeout(deadline, answer).await.unwrap_or_else(timed_out)
 }

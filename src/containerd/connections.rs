@@ -41,8 +41,8 @@ impl PullConnections for ContainerdStore {
 impl ContainerdStore {
     /// containerd's process ID in the node's PID namespace.
     async fn pid(&self) -> Result<u64, ConnectionsError> {
-        let mut client = IntrospectionClient::new(self.link.channel());
-        let answer = self.link.call(client.server(())).await.map_err(|status| self.link.store_error(&status))?;
+        let mut client = IntrospectionClient::new(self.client.channel());
+        let answer = self.client.call(client.server(())).await.map_err(|status| self.client.store_error(&status))?;
         Ok(answer.pid)
     }
 }

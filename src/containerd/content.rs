@@ -35,11 +35,11 @@ impl ContainerdStore {
     }
 
     pub(super) async fn list_blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
-        let failed = |status: Status| self.link.store_error(&status);
-        let request = self.link.request(ListContentRequest { filters: Vec::new() });
-        let mut answers = self.link.call(self.link.content().list(request)).await.map_err(failed)?;
+        let to_store_error = |status: Status| self.client.store_error(&status);
+        let request = self.client.request(ListContentRequest { filters: Vec::new() });
+        let mut answers = self.client.call(self.client.content().list(request)).await.map_err(to_store_error)?;
         let mut blobs = Vec::new();
-        while let Some(answer) = with_deadline(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
+        while let Some(answer) = with_deadline(MESSAGE_DEADLINE, answers.message()).await.map_err(to_store_error)? {
             blobs.extend(answer.info.iter().filter_map(blob_info));
         }
         self.without_damaged(blobs).await
@@ -56,14 +56,14 @@ impl ContainerdStore {
                 }
             }
         }
-        Ok(Box::new(ApiReader::new(self.link.clone(), digest, blob.size)))
+        Ok(Box::new(ApiReader::new(self.client.clone(), digest, blob.size)))
     }
 
     /// Adds labels; other labels stay.
-    pub(super) async fn add_labels(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
-        let _alone = self.state.label_lock.lock().await;
+    pub(super) async fn add_labels(&self, digest: Digest, metadata: &BlobMetadata) -> Result<(), StoreError> {
+        let _guard = self.state.label_lock.lock().await;
         let info = self.info(digest).await?.ok_or(StoreError::Absent(digest))?;
-        let labels = missing_labels(&info.labels, remembered);
+        let labels = missing_labels(&info.labels, metadata);
         if labels.is_empty() {
             return Ok(());
         }
@@ -71,40 +71,40 @@ impl ContainerdStore {
         let info = Info { digest: digest.to_string(), labels, ..Info::default() };
         let mut update = UpdateRequest { info: Some(info), update_mask: None };
         update.update_mask.get_or_insert_default().paths = paths;
-        let updated = self.link.call(self.link.content().update(self.link.request(update))).await;
-        updated.map(|_| ()).map_err(|status| self.link.blob_error(digest, &status))
+        let updated = self.client.call(self.client.content().update(self.client.request(update))).await;
+        updated.map(|_| ()).map_err(|status| self.client.blob_error(digest, &status))
     }
 
     pub(super) async fn info(&self, digest: Digest) -> Result<Option<Info>, StoreError> {
-        let request = self.link.request(InfoRequest { digest: digest.to_string() });
-        match self.link.call(self.link.content().info(request)).await {
+        let request = self.client.request(InfoRequest { digest: digest.to_string() });
+        match self.client.call(self.client.content().info(request)).await {
             Ok(answer) => Ok(answer.info),
             Err(status) if status.code() == Code::NotFound => Ok(None),
-            Err(status) => Err(self.link.blob_error(digest, &status)),
+            Err(status) => Err(self.client.blob_error(digest, &status)),
         }
     }
 
     /// containerd lists records. Drops blobs without a complete file, where the files can be seen.
     async fn without_damaged(&self, blobs: Vec<BlobInfo>) -> Result<Vec<BlobInfo>, StoreError> {
         let Some(root) = self.content_root().await? else { return Ok(blobs) };
-        let look = move || {
-            let (mut whole, mut unseen) = (Vec::new(), Vec::new());
+        let check_files = move || {
+            let (mut whole, mut not_visible) = (Vec::new(), Vec::new());
             for blob in blobs {
                 match BlobFile::of(&root, blob.digest, blob.size) {
                     BlobFile::Whole => whole.push(blob),
-                    BlobFile::NotVisible => unseen.push(blob),
+                    BlobFile::NotVisible => not_visible.push(blob),
                     BlobFile::OtherSize => {}
                 }
             }
-            (whole, unseen)
+            (whole, not_visible)
         };
-        let (mut whole, unseen) = blocking(look).await?;
-        let mut unseen = unseen.into_iter();
-        while let Some(blob) = unseen.next() {
+        let (mut whole, not_visible) = blocking(check_files).await?;
+        let mut not_visible = not_visible.into_iter();
+        while let Some(blob) = not_visible.next() {
             if self.is_readable(&blob).await? {
                 // The folder is not containerd's, so the remaining files need not be there either.
                 whole.push(blob);
-                whole.extend(unseen.by_ref());
+                whole.extend(not_visible.by_ref());
             }
         }
         Ok(whole)
@@ -113,7 +113,7 @@ impl ContainerdStore {
     /// Whether containerd can read the blob's last byte. A file that is too long passes.
     async fn is_readable(&self, blob: &BlobInfo) -> Result<bool, StoreError> {
         let Some(last) = blob.size.checked_sub(1) else { return Ok(true) };
-        match ApiReader::new(self.link.clone(), blob.digest, blob.size).read_at(last, 1).await {
+        match ApiReader::new(self.client.clone(), blob.digest, blob.size).read_at(last, 1).await {
             Ok(bytes) => Ok(!bytes.is_empty()),
             Err(error) if error.is_retryable() => Err(error),
             Err(error) => {

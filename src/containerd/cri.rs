@@ -81,7 +81,7 @@ struct FilesystemIdentifier {
 
 /// The plugin's configuration is some kilobytes of JSON, and more with many registries and
 /// runtimes. An image with its names is less.
-const MAX_ANSWER: usize = 1 << 20;
+const MAX_RESPONSE: usize = 1 << 20;
 
 impl ContainerdStore {
     /// The plugin's configuration in force; `Null` without a CRI plugin.
@@ -92,36 +92,36 @@ impl ContainerdStore {
                 Ok(configuration.unwrap_or_default())
             }
             Err(status) if status.code() == Code::Unimplemented => Ok(Value::Null),
-            Err(status) => Err(self.link.store_error(&status)),
+            Err(status) => Err(self.client.store_error(&status)),
         }
     }
 
     /// The folder that images are unpacked into.
     pub(super) async fn cri_image_file_system(&self) -> Result<Option<String>, StoreError> {
-        let asked = self.call_cri("/runtime.v1.ImageService/ImageFsInfo", ImageFsInfoRequest {}).await;
-        let ImageFsInfoResponse { image_filesystems } = asked.map_err(|status| self.link.store_error(&status))?;
+        let response = self.call_cri("/runtime.v1.ImageService/ImageFsInfo", ImageFsInfoRequest {}).await;
+        let ImageFsInfoResponse { image_filesystems } = response.map_err(|status| self.client.store_error(&status))?;
         let first = image_filesystems.into_iter().next().and_then(|usage| usage.fs_id);
         Ok(first.map(|id| id.mountpoint).filter(|mountpoint| !mountpoint.is_empty()))
     }
 
     /// Whether CRI lists the image; the kubelet makes the same call before a pull.
     pub(super) async fn cri_has_image(&self, name: &str) -> Result<bool, Status> {
-        let question = ImageStatusRequest { image: Some(ImageSpec { image: name.to_owned() }) };
-        let ImageStatusResponse { image } = self.call_cri("/runtime.v1.ImageService/ImageStatus", question).await?;
+        let request = ImageStatusRequest { image: Some(ImageSpec { image: name.to_owned() }) };
+        let ImageStatusResponse { image } = self.call_cri("/runtime.v1.ImageService/ImageStatus", request).await?;
         Ok(image.is_some())
     }
 
-    async fn call_cri<Q, A>(&self, method: &'static str, question: Q) -> Result<A, Status>
+    async fn call_cri<Q, A>(&self, method: &'static str, message: Q) -> Result<A, Status>
     where
         Q: prost::Message + 'static,
         A: prost::Message + Default + 'static,
     {
-        let asked = async {
-            let mut client = Grpc::new(self.link.channel()).max_decoding_message_size(MAX_ANSWER);
+        let exchange = async {
+            let mut client = Grpc::new(self.client.channel()).max_decoding_message_size(MAX_RESPONSE);
             client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
-            let request = self.link.request(question);
+            let request = self.client.request(message);
             client.unary(request, PathAndQuery::from_static(method), ProstCodec::<Q, A>::default()).await
         };
-        self.link.call(asked).await
+        self.client.call(exchange).await
     }
 }

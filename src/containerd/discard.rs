@@ -23,9 +23,9 @@ impl ContainerdStore {
         for (kind, id) in gc_references(&info.labels) {
             self.add_to_pin(pin, kind, id).await?;
         }
-        let delete = self.link.request(DeleteContentRequest { digest: digest.to_string() });
-        match self.link.call(self.link.content().delete(delete)).await {
-            Err(status) if status.code() != Code::NotFound => return Err(self.link.blob_error(digest, &status)),
+        let delete = self.client.request(DeleteContentRequest { digest: digest.to_string() });
+        match self.client.call(self.client.content().delete(delete)).await {
+            Err(status) if status.code() != Code::NotFound => return Err(self.client.blob_error(digest, &status)),
             _ => {}
         }
         self.collect().await?;

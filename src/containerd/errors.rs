@@ -30,10 +30,10 @@ pub(super) fn classify(socket: &Path, digest: Option<Digest>, status: &Status) -
         }
     }
     // An answer of containerd has no source; a broken connection has one.
-    let broken = status.source().is_some();
+    let is_transport_error = status.source().is_some();
     match status.code() {
         Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded => StoreError::Unavailable(text),
-        _ if broken => StoreError::Unavailable(text),
+        _ if is_transport_error => StoreError::Unavailable(text),
         _ => StoreError::Other(text),
     }
 }
@@ -42,38 +42,38 @@ pub(super) fn classify(socket: &Path, digest: Option<Digest>, status: &Status) -
 mod tests {
     use super::*;
 
-    fn explained(status: &Status) -> (StoreError, StoreError) {
+    fn classified(status: &Status) -> (StoreError, StoreError) {
         let socket = Path::new("/run/c.sock");
         (classify(socket, Some(Digest::of(b"")), status), classify(socket, None, status))
     }
 
     #[test]
     fn grpc_codes_map_to_store_errors() {
-        assert!(matches!(explained(&Status::not_found("content")), (StoreError::Absent(_), StoreError::Other(_))));
+        assert!(matches!(classified(&Status::not_found("content")), (StoreError::Absent(_), StoreError::Other(_))));
         assert!(matches!(
-            explained(&Status::already_exists("content")),
+            classified(&Status::already_exists("content")),
             (StoreError::AlreadyExists(_), StoreError::Other(_))
         ));
-        assert!(matches!(explained(&Status::failed_precondition("unexpected digest")).0, StoreError::Other(_)));
-        assert!(matches!(explained(&Status::resource_exhausted("full")).0, StoreError::Full(_)));
-        for gone in [Status::unavailable("x"), Status::cancelled("x"), Status::deadline_exceeded("x")] {
-            assert!(matches!(explained(&gone), (StoreError::Unavailable(_), StoreError::Unavailable(_))));
+        assert!(matches!(classified(&Status::failed_precondition("unexpected digest")).0, StoreError::Other(_)));
+        assert!(matches!(classified(&Status::resource_exhausted("full")).0, StoreError::Full(_)));
+        for status in [Status::unavailable("x"), Status::cancelled("x"), Status::deadline_exceeded("x")] {
+            assert!(matches!(classified(&status), (StoreError::Unavailable(_), StoreError::Unavailable(_))));
         }
     }
 
     #[test]
     fn error_messages_classify_faults_without_a_code() {
         let locked = Status::unavailable("ref k8s.io/1/lighterman-x locked for 2s (since y): unavailable");
-        assert!(matches!(explained(&locked).0, StoreError::Busy(_)));
+        assert!(matches!(classified(&locked).0, StoreError::Busy(_)));
         let full = Status::unknown("write /var/lib/containerd/…/data: no space left on device");
-        assert!(matches!(explained(&full).0, StoreError::Full(_)));
+        assert!(matches!(classified(&full).0, StoreError::Full(_)));
     }
 
     #[test]
     fn a_broken_connection_names_the_socket() {
         let broken = Status::from_error("connection reset".into());
         assert_eq!(broken.code(), Code::Unknown);
-        let (StoreError::Unavailable(text), _) = explained(&broken) else { panic!("{broken:?}") };
+        let (StoreError::Unavailable(text), _) = classified(&broken) else { panic!("{broken:?}") };
         assert!(text.contains("/run/c.sock"), "{text}");
     }
 }

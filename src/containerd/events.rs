@@ -15,14 +15,14 @@ use crate::ports::{ContentEvent, STAGED_BLOB_LIFE, StoreError};
 
 /// Pauses between connection attempts. A restarted containerd is back in a second; the longest
 /// pause makes attempts cheap during an outage.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+const MIN_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
 
 impl ContainerdStore {
     /// Follows containerd's events until `stop`, across restarts of containerd, and removes the
     /// leftovers of dropped writers.
     pub async fn run(self, stop: CancellationToken) {
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = MIN_BACKOFF;
         let mut logged = false;
         loop {
             let mut connected = false;
@@ -31,38 +31,38 @@ impl ContainerdStore {
                 ended = self.follow(&mut connected) => ended,
             };
             if connected {
-                (pause, logged) = (FIRST_PAUSE, false);
+                (backoff, logged) = (MIN_BACKOFF, false);
             }
             if !logged {
-                tracing::warn!(socket = %self.link.socket().display(), %error, "containerd's events ended; reconnecting");
+                tracing::warn!(socket = %self.client.socket().display(), %error, "containerd's events ended; reconnecting");
                 logged = true;
             }
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = sleep(pause) => {}
+                () = sleep(backoff) => {}
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            backoff = (backoff * 2).min(MAX_BACKOFF);
         }
     }
 
     /// Returns when the connection is lost. Sets `connected` once containerd has answered.
     async fn follow(&self, connected: &mut bool) -> Result<Infallible, StoreError> {
-        let failed = |status: Status| self.link.store_error(&status);
+        let to_store_error = |status: Status| self.client.store_error(&status);
         self.state.introspection.clear().await;
         *self.state.ingest_mode.lock().await = None;
         *self.state.snapshotter.lock().await = None;
-        let mut client = EventsClient::new(self.link.channel());
-        let subscribing = client.subscribe(self.link.request(SubscribeRequest { filters: self.filters() }));
+        let mut client = EventsClient::new(self.client.channel());
+        let subscribing = client.subscribe(self.client.request(SubscribeRequest { filters: self.filters() }));
         tokio::pin!(subscribing);
         // containerd sends nothing, not even headers, before the first event, so a second call
         // tests the connection.
         let early = tokio::select! {
-            events = &mut subscribing => Some(events.map_err(failed)?),
+            events = &mut subscribing => Some(events.map_err(to_store_error)?),
             ready = self.ready() => ready.map(|_| None)?,
         };
         *connected = true;
         // Earlier events are lost: the counter makes every caller list everything.
-        self.changed();
+        self.record_change();
         self.publish(ContentEvent::Missed);
         self.sweep().await;
         // At once, and then once per life of a staged blob.
@@ -73,24 +73,24 @@ impl ContainerdStore {
                 break events;
             }
             tokio::select! {
-                events = &mut subscribing => break events.map_err(failed)?,
+                events = &mut subscribing => break events.map_err(to_store_error)?,
                 () = self.state.abandoned.notified() => self.sweep().await,
                 _ = sweeping.tick() => self.sweep_old_staging_files().await,
             }
         }
         .into_inner();
         // Only the first event proves the subscription; events before it may be lost.
-        self.changed();
+        self.record_change();
         self.publish(ContentEvent::Missed);
         loop {
             tokio::select! {
                 event = events.message() => {
-                    let event = event.map_err(failed)?;
+                    let event = event.map_err(to_store_error)?;
                     let event = event.ok_or_else(|| StoreError::Unavailable("containerd ended its events".into()))?;
                     if let Some(event) = content_event(&event) {
                         self.publish(event);
                     }
-                    self.changed();
+                    self.record_change();
                 }
                 () = self.state.abandoned.notified() => self.sweep().await,
                 _ = sweeping.tick() => self.sweep_old_staging_files().await,
@@ -101,7 +101,7 @@ impl ContainerdStore {
     /// Events of images and blobs in the containerd namespace. `/content/create` exists from
     /// containerd 2.1 on. The collector sends no event for a removed blob.
     fn filters(&self) -> Vec<String> {
-        let namespace = self.link.namespace();
+        let namespace = self.client.namespace();
         ["images", "content"].map(|kind| format!("namespace==\"{namespace}\",topic~=\"^/{kind}/\"")).into()
     }
 

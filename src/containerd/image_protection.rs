@@ -21,21 +21,23 @@ use crate::ports::{ProtectedImages, StoreError};
 const PINNED: &str = "io.cri-containerd.pinned";
 const PINNED_VALUE: &str = "pinned";
 /// Marks a record whose label [`PINNED`] is this program's.
-const MARK: &str = "lighterman.dev/protects";
-const MARK_VALUE: &str = "own-image";
+const PROTECTS_LABEL: &str = "lighterman.dev/protects";
+const PROTECTS_VALUE: &str = "own-image";
 
 impl ContainerdStore {
     /// Writes both labels; an empty value removes a label. The mask leaves other labels and the
     /// target unchanged. The request has a target all the same: containerd 1.7 to 2.4 read the
     /// target before the mask (`services/images/helpers.go`), and crash without a target.
-    async fn label_protection(&self, record: Image, pinned: &str, mark: &str) -> Result<(), Status> {
+    async fn label_protection(&self, record: Image, pinned: &str, protects: &str) -> Result<(), Status> {
         let Image { name, target, .. } = record;
-        let labels = HashMap::from([(PINNED.to_owned(), pinned.to_owned()), (MARK.to_owned(), mark.to_owned())]);
+        let labels =
+            HashMap::from([(PINNED.to_owned(), pinned.to_owned()), (PROTECTS_LABEL.to_owned(), protects.to_owned())]);
         let image = Some(Image { name, labels, target: Some(target.unwrap_or_default()), ..Image::default() });
         let mut update = UpdateImageRequest { image, update_mask: None, source_date_epoch: None };
-        update.update_mask.get_or_insert_default().paths = [PINNED, MARK].map(|label| format!("labels.{label}")).into();
-        self.link.call(self.link.images().update(self.link.request(update))).await?;
-        self.changed();
+        update.update_mask.get_or_insert_default().paths =
+            [PINNED, PROTECTS_LABEL].map(|label| format!("labels.{label}")).into();
+        self.client.call(self.client.images().update(self.client.request(update))).await?;
+        self.record_change();
         Ok(())
     }
 
@@ -43,7 +45,7 @@ impl ContainerdStore {
     async fn image_record(&self, name: &str) -> Result<Option<Image>, StoreError> {
         match self.get_image(name).await {
             Err(status) if status.code() == Code::NotFound => Ok(None),
-            found => found.map_err(|status| self.link.store_error(&status)),
+            found => found.map_err(|status| self.client.store_error(&status)),
         }
     }
 }
@@ -52,14 +54,14 @@ impl ContainerdStore {
 impl ProtectedImages for ContainerdStore {
     async fn protected_images(&self) -> Result<Protection, StoreError> {
         let filters = vec![format!("labels.\"{PINNED}\"=={PINNED_VALUE}")];
-        let request = self.link.request(ListImagesRequest { filters });
-        let listed = self.link.call(self.link.images().list(request)).await;
-        let images = listed.map_err(|status| self.link.store_error(&status))?.images;
+        let request = self.client.request(ListImagesRequest { filters });
+        let listed = self.client.call(self.client.images().list(request)).await;
+        let images = listed.map_err(|status| self.client.store_error(&status))?.images;
         let mut protection = Protection::default();
         for image in images {
             // This program marks only names that are references.
             let Ok(name) = image.name.parse::<Reference>() else { continue };
-            let is_ours = image.labels.get(MARK).is_some_and(|mark| mark == MARK_VALUE);
+            let is_ours = image.labels.get(PROTECTS_LABEL).is_some_and(|value| value == PROTECTS_VALUE);
             if is_ours {
                 protection.ours.insert(name)
             } else {
@@ -76,16 +78,16 @@ impl ProtectedImages for ContainerdStore {
         if record.labels.contains_key(PINNED) {
             return Ok(());
         }
-        let labeled = self.label_protection(record, PINNED_VALUE, MARK_VALUE).await;
-        labeled.map_err(|status| self.link.store_error(&status))
+        let labeled = self.label_protection(record, PINNED_VALUE, PROTECTS_VALUE).await;
+        labeled.map_err(|status| self.client.store_error(&status))
     }
 
     async fn release_image(&self, image: &Reference) -> Result<(), StoreError> {
         let record = self.image_record(&image.to_string()).await?;
-        let Some(record) = record.filter(|record| record.labels.contains_key(MARK)) else { return Ok(()) };
+        let Some(record) = record.filter(|record| record.labels.contains_key(PROTECTS_LABEL)) else { return Ok(()) };
         match self.label_protection(record, "", "").await {
             Err(status) if status.code() == Code::NotFound => Ok(()),
-            labeled => labeled.map_err(|status| self.link.store_error(&status)),
+            labeled => labeled.map_err(|status| self.client.store_error(&status)),
         }
     }
 }

@@ -23,15 +23,15 @@ const CRI_NAMESPACE: &str = "k8s.io";
 
 /// The plugin takes a millisecond (measured), and longer on a busy node. A caller should not wait
 /// longer for an image that is on the node.
-const NOTICE_DEADLINE: Duration = Duration::from_secs(2);
+const CRI_SYNC_DEADLINE: Duration = Duration::from_secs(2);
 const FIRST_POLL: Duration = Duration::from_millis(1);
 const LONGEST_POLL: Duration = Duration::from_millis(50);
 
 impl ContainerdStore {
     pub(super) async fn list_images(&self) -> Result<Vec<ImageRecord>, StoreError> {
-        let request = self.link.request(ListImagesRequest { filters: Vec::new() });
-        let listed = self.link.call(self.link.images().list(request)).await;
-        let images = listed.map_err(|status| self.link.store_error(&status))?.images;
+        let request = self.client.request(ListImagesRequest { filters: Vec::new() });
+        let listed = self.client.call(self.client.images().list(request)).await;
+        let images = listed.map_err(|status| self.client.store_error(&status))?.images;
         Ok(images.into_iter().filter_map(record).collect())
     }
 
@@ -44,12 +44,12 @@ impl ContainerdStore {
             Err(status) if status.code() == Code::AlreadyExists => self.update_image(record).await,
             created => created,
         };
-        written.map_err(|status| self.link.store_error(&status))?;
-        self.changed();
+        written.map_err(|status| self.client.store_error(&status))?;
+        self.record_change();
         if self.is_visible_to_cri().await? && !self.wait_listed_by_cri(&record.name).await? {
             tracing::warn!(
                 image = record.name,
-                waited_s = NOTICE_DEADLINE.as_secs(),
+                waited_s = CRI_SYNC_DEADLINE.as_secs(),
                 "containerd's CRI plugin has not listed the image; pods may have to wait for the image"
             );
         }
@@ -60,26 +60,26 @@ impl ContainerdStore {
     /// another process moves between the two calls is lost there, and the image is pulled again.
     /// containerd 2 compares the target itself.
     pub(super) async fn delete_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
-        let failed = |status: Status| self.link.store_error(&status);
-        let points_there = |image: Image| record(image).is_some_and(|record| record.target.digest == target);
+        let to_store_error = |status: Status| self.client.store_error(&status);
+        let has_target = |image: Image| record(image).is_some_and(|record| record.target.digest == target);
         let found = match self.get_image(name).await {
             Err(status) if status.code() == Code::NotFound => return Ok(()),
-            found => found.map_err(failed)?,
+            found => found.map_err(to_store_error)?,
         };
-        if !found.is_some_and(points_there) {
+        if !found.is_some_and(has_target) {
             return Ok(());
         }
         let target = Some(types::Descriptor { digest: target.to_string(), ..types::Descriptor::default() });
-        let request = self.link.request(DeleteImageRequest { name: name.to_owned(), sync: false, target });
-        match self.link.call(self.link.images().delete(request)).await {
+        let request = self.client.request(DeleteImageRequest { name: name.to_owned(), sync: false, target });
+        match self.client.call(self.client.images().delete(request)).await {
             Err(status) if status.code() == Code::NotFound => return Ok(()),
-            deleted => deleted.map_err(failed)?,
+            deleted => deleted.map_err(to_store_error)?,
         };
-        self.changed();
+        self.record_change();
         if self.is_visible_to_cri().await? && !self.wait_dropped_by_cri(name).await? {
             tracing::warn!(
                 image = name,
-                waited_s = NOTICE_DEADLINE.as_secs(),
+                waited_s = CRI_SYNC_DEADLINE.as_secs(),
                 "containerd's CRI plugin still lists the removed image; the kubelet may not pull the image yet"
             );
         }
@@ -87,18 +87,18 @@ impl ContainerdStore {
     }
 
     async fn is_visible_to_cri(&self) -> Result<bool, StoreError> {
-        Ok(self.link.namespace() == CRI_NAMESPACE && self.has_cri().await?)
+        Ok(self.client.namespace() == CRI_NAMESPACE && self.has_cri().await?)
     }
 
     pub(super) async fn get_image(&self, name: &str) -> Result<Option<Image>, Status> {
-        let request = self.link.request(GetImageRequest { name: name.to_owned() });
-        Ok(self.link.call(self.link.images().get(request)).await?.image)
+        let request = self.client.request(GetImageRequest { name: name.to_owned() });
+        Ok(self.client.call(self.client.images().get(request)).await?.image)
     }
 
     async fn create_image(&self, record: &ImageRecord) -> Result<(), Status> {
         let image = Some(image(record));
-        let request = self.link.request(CreateImageRequest { image, source_date_epoch: None });
-        self.link.call(self.link.images().create(request)).await.map(|_| ())
+        let request = self.client.request(CreateImageRequest { image, source_date_epoch: None });
+        self.client.call(self.client.images().create(request)).await.map(|_| ())
     }
 
     /// Removes the plugin's label, which the plugin adds again once it has processed the new
@@ -106,33 +106,33 @@ impl ContainerdStore {
     async fn update_image(&self, record: &ImageRecord) -> Result<(), Status> {
         let mut update = UpdateImageRequest { image: Some(image(record)), update_mask: None, source_date_epoch: None };
         update.update_mask.get_or_insert_default().paths = vec!["target".into(), format!("labels.{CRI_IMAGE_LABEL}")];
-        self.link.call(self.link.images().update(self.link.request(update))).await.map(|_| ())
+        self.client.call(self.client.images().update(self.client.request(update))).await.map(|_| ())
     }
 
     /// Waits until the CRI plugin has labeled the record and lists the image. The plugin writes the
     /// label shortly before its own list.
     async fn wait_listed_by_cri(&self, name: &str) -> Result<bool, StoreError> {
-        let is_noticed = || async {
+        let is_listed = || async {
             let image = self.get_image(name).await?.unwrap_or_default();
             let labeled = image.labels.get(CRI_IMAGE_LABEL).is_some_and(|value| value == CRI_IMAGE_LABEL_VALUE);
             Ok(labeled && self.cri_has_image(name).await?)
         };
-        poll_until(is_noticed).await.map_err(|status| self.link.store_error(&status))
+        poll_until(is_listed).await.map_err(|status| self.client.store_error(&status))
     }
 
     /// Waits until the image is gone from the CRI plugin's own list.
     async fn wait_dropped_by_cri(&self, name: &str) -> Result<bool, StoreError> {
-        let is_forgotten = || async { Ok(!self.cri_has_image(name).await?) };
-        poll_until(is_forgotten).await.map_err(|status| self.link.store_error(&status))
+        let is_dropped = || async { Ok(!self.cri_has_image(name).await?) };
+        poll_until(is_dropped).await.map_err(|status| self.client.store_error(&status))
     }
 }
 
 /// Whether the condition becomes true within [`NOTICE_DEADLINE`].
-async fn poll_until<F: Future<Output = Result<bool, Status>>>(is_so: impl Fn() -> F) -> Result<bool, Status> {
-    let deadline = Instant::now() + NOTICE_DEADLINE;
+async fn poll_until<F: Future<Output = Result<bool, Status>>>(condition: impl Fn() -> F) -> Result<bool, Status> {
+    let deadline = Instant::now() + CRI_SYNC_DEADLINE;
     let mut pause = FIRST_POLL;
     while Instant::now() < deadline {
-        if is_so().await? {
+        if condition().await? {
             return Ok(true);
         }
         sleep(pause).await;

@@ -76,10 +76,10 @@ pub const IMAGE_VERIFIER_DIR: &str = "/opt/containerd/image-verifier/bin";
 /// [`ConfigError::NoSocket`] with the paths.
 pub fn find_socket(root: &Path) -> Result<PathBuf, ConfigError> {
     let is_socket = |path: &&PathBuf| path.metadata().is_ok_and(|file| file.file_type().is_socket());
-    let answers = |path: &&PathBuf| UnixStream::connect(path).is_ok();
-    let places: Vec<_> = DEFAULT_SOCKETS.iter().map(|socket| below_root(root, Path::new(socket))).collect();
-    let found = places.iter().find(answers).or_else(|| places.iter().find(is_socket));
-    found.cloned().ok_or(ConfigError::NoSocket(places))
+    let is_listening = |path: &&PathBuf| UnixStream::connect(path).is_ok();
+    let sockets: Vec<_> = DEFAULT_SOCKETS.iter().map(|socket| below_root(root, Path::new(socket))).collect();
+    let found = sockets.iter().find(is_listening).or_else(|| sockets.iter().find(is_socket));
+    found.cloned().ok_or(ConfigError::NoSocket(sockets))
 }
 
 /// Cached properties of one connection: a restarted containerd may have another configuration.
@@ -141,8 +141,7 @@ impl ContainerdStore {
     /// [`StoreError::Unavailable`] when containerd does not answer.
     pub async fn inspect(&self, verifiers: &Path) -> Result<ContainerdInfo, StoreError> {
         let version = self.ready().await?;
-        let PluginInfo { content_root: _, cri, snapshotters: _, has_verifier_plugin: asks_verifiers } =
-            self.plugins().await?;
+        let PluginInfo { content_root: _, cri, snapshotters: _, has_verifier_plugin } = self.plugins().await?;
         let content_root = self.content_root().await?.map(|root| root.to_path_buf());
         let ingest = self.ingest_mode().await?;
         let configuration = if cri { self.cri_configuration().await? } else { serde_json::Value::Null };
@@ -152,10 +151,10 @@ impl ContainerdStore {
             Some(image) => Some(image.to_owned()),
             None => self.image_of_newest_sandbox().await?,
         };
-        let lookout = &self.state.introspection;
-        let (folder, sees_everything) = (lookout.host_path(verifiers), lookout.has_host_root());
-        let verifiers = match asks_verifiers {
-            true => blocking(move || find_image_verifiers(&folder, sees_everything)).await?,
+        let introspection = &self.state.introspection;
+        let (folder, has_host_root) = (introspection.host_path(verifiers), introspection.has_host_root());
+        let verifiers = match has_verifier_plugin {
+            true => blocking(move || find_image_verifiers(&folder, has_host_root)).await?,
             false => ImageVerifiers::None,
         };
         Ok(ContainerdInfo {
@@ -187,8 +186,8 @@ impl ContainerdStore {
     /// root with the first blob.
     pub(super) async fn is_without_content(&self) -> Result<bool, StoreError> {
         let root = self.plugins().await?.content_root;
-        let is_seen = |root: &Path| root.is_dir() || root.parent().is_some_and(Path::is_dir);
-        Ok(root.is_some_and(|root| is_seen(&root) && !root.join("blobs/sha256").is_dir()))
+        let is_visible = |root: &Path| root.is_dir() || root.parent().is_some_and(Path::is_dir);
+        Ok(root.is_some_and(|root| is_visible(&root) && !root.join("blobs/sha256").is_dir()))
     }
 
     /// Whether containerd discards layers after unpacking; `None` for an unknown setting.
@@ -206,19 +205,19 @@ impl ContainerdStore {
     }
 
     async fn plugins(&self) -> Result<PluginInfo, StoreError> {
-        let mut found = self.state.introspection.plugins.lock().await;
-        if let Some(found) = &*found {
-            return Ok(found.clone());
+        let mut cached = self.state.introspection.plugins.lock().await;
+        if let Some(cached) = &*cached {
+            return Ok(cached.clone());
         }
-        let request = self.link.request(PluginsRequest { filters: Vec::new() });
-        let mut client = IntrospectionClient::new(self.link.channel());
-        let answer = self.link.call(client.plugins(request)).await;
-        let plugins = answer.map_err(|status| self.link.store_error(&status))?.plugins;
+        let request = self.client.request(PluginsRequest { filters: Vec::new() });
+        let mut client = IntrospectionClient::new(self.client.channel());
+        let answer = self.client.call(client.plugins(request)).await;
+        let plugins = answer.map_err(|status| self.client.store_error(&status))?.plugins;
         let mut loaded = plugins.iter().filter(|plugin| plugin.init_err.is_none());
         let plugin = |kind: &str, id: &str| loaded.clone().find(|plugin| plugin.r#type == kind && plugin.id == id);
         let exported = plugin("io.containerd.content.v1", "content").and_then(|plugin| plugin.exports.get("root"));
-        let here = |root: &String| self.state.introspection.host_path(Path::new(root));
-        let root = self.state.introspection.configured_root.clone().or_else(|| exported.map(here));
+        let to_host_path = |root: &String| self.state.introspection.host_path(Path::new(root));
+        let root = self.state.introspection.configured_root.clone().or_else(|| exported.map(to_host_path));
         let content_root = root.map(Arc::from);
         let cri = plugin("io.containerd.grpc.v1", "cri").is_some();
         let snapshotter = |plugin: &Plugin| SnapshotterPlugin {
@@ -227,18 +226,18 @@ impl ContainerdStore {
         };
         let is_snapshotter = |plugin: &&Plugin| plugin.r#type == "io.containerd.snapshotter.v1";
         let snapshotters = loaded.clone().filter(is_snapshotter).map(snapshotter).collect();
-        let asks_verifiers = loaded.any(|plugin| plugin.r#type == "io.containerd.image-verifier.v1");
-        tracing::debug!(?content_root, cri, asks_verifiers, "read containerd's plugins");
-        Ok(found.insert(PluginInfo { content_root, cri, snapshotters, has_verifier_plugin: asks_verifiers }).clone())
+        let has_verifier_plugin = loaded.any(|plugin| plugin.r#type == "io.containerd.image-verifier.v1");
+        tracing::debug!(?content_root, cri, has_verifier_plugin, "read containerd's plugins");
+        Ok(cached.insert(PluginInfo { content_root, cri, snapshotters, has_verifier_plugin }).clone())
     }
 
     /// CRI creates a container for each pod's sandbox, and containerd stores the name of that
     /// container's image.
     async fn image_of_newest_sandbox(&self) -> Result<Option<String>, StoreError> {
         let filters = vec!["labels.\"io.cri-containerd.kind\"==sandbox".to_owned()];
-        let mut client = ContainersClient::new(self.link.channel()).max_decoding_message_size(MAX_MESSAGE);
-        let listed = self.link.call(client.list(self.link.request(ListContainersRequest { filters }))).await;
-        let sandboxes = listed.map_err(|status| self.link.store_error(&status))?.containers;
+        let mut client = ContainersClient::new(self.client.channel()).max_decoding_message_size(MAX_MESSAGE);
+        let listed = self.client.call(client.list(self.client.request(ListContainersRequest { filters }))).await;
+        let sandboxes = listed.map_err(|status| self.client.store_error(&status))?.containers;
         let named = sandboxes.into_iter().filter(|sandbox| !sandbox.image.is_empty());
         let newest = named.max_by_key(|sandbox| sandbox.created_at.map(|at| (at.seconds, at.nanos)));
         Ok(newest.map(|sandbox| sandbox.image))
@@ -250,10 +249,10 @@ fn discards_unpacked_layers(configuration: &serde_json::Value) -> Option<bool> {
 }
 
 /// containerd runs every executable regular file, and nothing without the folder.
-fn find_image_verifiers(folder: &Path, sees_everything: bool) -> ImageVerifiers {
+fn find_image_verifiers(folder: &Path, has_host_root: bool) -> ImageVerifiers {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
-        Err(error) if sees_everything && error.kind() == io::ErrorKind::NotFound => return ImageVerifiers::None,
+        Err(error) if has_host_root && error.kind() == io::ErrorKind::NotFound => return ImageVerifiers::None,
         Err(_) => return ImageVerifiers::Unseen,
     };
     // A link may point to a path that exists only on the node, so it counts as a program.
@@ -274,8 +273,8 @@ mod tests {
     #[test]
     fn the_first_listening_default_socket_is_chosen() {
         let root = tempfile::tempdir().unwrap();
-        let places: Vec<_> = DEFAULT_SOCKETS.iter().map(|socket| root.path().join(socket)).collect();
-        assert_eq!(find_socket(root.path()), Err(ConfigError::NoSocket(places)));
+        let sockets: Vec<_> = DEFAULT_SOCKETS.iter().map(|socket| root.path().join(socket)).collect();
+        assert_eq!(find_socket(root.path()), Err(ConfigError::NoSocket(sockets)));
         let message = find_socket(Path::new("/nothing/is/here")).unwrap_err().to_string();
         assert!(
             DEFAULT_SOCKETS.iter().all(|socket| message.contains(&format!("/nothing/is/here/{socket}"))),
@@ -300,17 +299,17 @@ mod tests {
     #[test]
     fn only_executable_files_count_as_image_verifiers() {
         let folder = tempfile::tempdir().unwrap();
-        let look = |folder: &Path| find_image_verifiers(folder, false);
+        let verifiers_in = |folder: &Path| find_image_verifiers(folder, false);
         let absent = folder.path().join("absent");
         assert_eq!(
-            (look(&absent), find_image_verifiers(&absent, true)),
+            (verifiers_in(&absent), find_image_verifiers(&absent, true)),
             (ImageVerifiers::Unseen, ImageVerifiers::None)
         );
         let file = folder.path().join("readme");
         fs::write(&file, "x").unwrap();
         fs::create_dir(folder.path().join("folder")).unwrap();
-        assert_eq!(look(folder.path()), ImageVerifiers::None);
+        assert_eq!(verifiers_in(folder.path()), ImageVerifiers::None);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
-        assert_eq!(look(folder.path()), ImageVerifiers::Found);
+        assert_eq!(verifiers_in(folder.path()), ImageVerifiers::Found);
     }
 }

@@ -54,24 +54,24 @@ pub(super) fn has_layers(labels: &HashMap<String, String>) -> bool {
 
 /// Resources that the labels keep alive: containerd's resource type, and the ID.
 pub(super) fn gc_references(labels: &HashMap<String, String>) -> Vec<(String, String)> {
-    let kept = labels.iter().filter_map(|(key, id)| {
+    let references = labels.iter().filter_map(|(key, id)| {
         if key.starts_with(GC_REF_CONTENT) {
             return Some(("content".to_owned(), id.clone()));
         }
         let snapshotter = key.strip_prefix(GC_REF_SNAPSHOT)?.split('/').next()?;
         Some((format!("snapshots/{snapshotter}"), id.clone()))
     });
-    kept.collect()
+    references.collect()
 }
 
 /// Labels to add to `existing` for this metadata. An existing reference is never overwritten, and a
 /// source label only gains repositories.
-pub(super) fn missing_labels(existing: &HashMap<String, String>, remembered: &BlobMetadata) -> HashMap<String, String> {
+pub(super) fn missing_labels(existing: &HashMap<String, String>, metadata: &BlobMetadata) -> HashMap<String, String> {
     let mut added = HashMap::new();
-    let mut known: BTreeSet<String> =
+    let mut referenced: BTreeSet<String> =
         existing.iter().filter(|(key, _)| key.starts_with(GC_REF_CONTENT)).map(|(_, digest)| digest.clone()).collect();
     let mut ordinals: HashMap<&str, usize> = HashMap::new();
-    for child in &remembered.children {
+    for child in &metadata.children {
         let prefix = match child.kind {
             ChildKind::Manifest => "m.",
             ChildKind::Layer => "l.",
@@ -81,14 +81,14 @@ pub(super) fn missing_labels(existing: &HashMap<String, String>, remembered: &Bl
         // names another child.
         let ordinal = ordinals.entry(prefix).or_insert(0);
         let digest = child.digest.to_string();
-        if known.insert(digest.clone()) {
-            let taken = |key: &String| existing.contains_key(key) || added.contains_key(key);
-            let key = (*ordinal..).map(|number| gc_ref_key(prefix, number)).find(|key| !taken(key));
+        if referenced.insert(digest.clone()) {
+            let is_taken = |key: &String| existing.contains_key(key) || added.contains_key(key);
+            let key = (*ordinal..).map(|number| gc_ref_key(prefix, number)).find(|key| !is_taken(key));
             added.extend(key.map(|key| (key, digest)));
         }
         *ordinal += 1;
     }
-    if let Some(source) = &remembered.source {
+    if let Some(source) = &metadata.source {
         added.extend([SOURCE, OWN_SOURCE].into_iter().filter_map(|prefix| source_label(prefix, existing, source)));
     }
     added
@@ -205,11 +205,11 @@ mod tests {
             ("containerd.io/gc.ref.snapshot.native/x", "sha256:cc"),
             ("containerd.io/distribution.source.docker.io", "library/nginx"),
         ]);
-        let mut kept = gc_references(&labels);
-        kept.sort();
+        let mut found = gc_references(&labels);
+        found.sort();
         let expected =
             [("content", "sha256:aa"), ("snapshots/native", "sha256:cc"), ("snapshots/overlayfs", "sha256:bb")];
-        assert_eq!(kept, expected.map(|(kind, id)| (kind.to_owned(), id.to_owned())));
+        assert_eq!(found, expected.map(|(kind, id)| (kind.to_owned(), id.to_owned())));
     }
 
     #[test]

@@ -48,12 +48,12 @@ impl ContainerdStore {
     }
 
     async fn layers_of(&self, pin: &Pin) -> Result<Vec<Digest>, StoreError> {
-        let request = self.link.request(ListResourcesRequest { id: pin.0.clone() });
-        match self.link.call(self.link.leases().list_resources(request)).await {
+        let request = self.client.request(ListResourcesRequest { id: pin.0.clone() });
+        match self.client.call(self.client.leases().list_resources(request)).await {
             Ok(answer) => Ok(answer.resources.iter().filter_map(|resource| resource.id.parse().ok()).collect()),
             // The lease expired between the two calls.
             Err(status) if status.code() == Code::NotFound => Ok(Vec::new()),
-            Err(status) => Err(self.link.store_error(&status)),
+            Err(status) => Err(self.client.store_error(&status)),
         }
     }
 }
@@ -61,13 +61,16 @@ impl ContainerdStore {
 #[async_trait]
 impl LayerLeases for ContainerdStore {
     async fn layer_leases(&self) -> Result<Vec<LayerLease>, StoreError> {
-        let request = self.link.request(ListRequest { filters: vec![format!("labels.\"{RETAINS}\"")] });
-        let listed =
-            self.link.call(self.link.leases().list(request)).await.map_err(|status| self.link.store_error(&status))?;
+        let request = self.client.request(ListRequest { filters: vec![format!("labels.\"{RETAINS}\"")] });
+        let listed = self
+            .client
+            .call(self.client.leases().list(request))
+            .await
+            .map_err(|status| self.client.store_error(&status))?;
         let mut leases = Vec::new();
         for lease in listed.leases {
             let time = |label| lease.labels.get(label).and_then(|time| time.parse::<jiff::Timestamp>().ok());
-            let (manifest, expires) = (lease.labels.get(RETAINS).and_then(|it| it.parse().ok()), time(EXPIRES));
+            let (manifest, expires) = (lease.labels.get(RETAINS).and_then(|digest| digest.parse().ok()), time(EXPIRES));
             let last_use = time(LAST_USE).map(SystemTime::from);
             let (Some(manifest), Some(expires)) = (manifest, expires.map(SystemTime::from)) else { continue };
             let pin = Pin(lease.id);
@@ -97,8 +100,11 @@ impl LayerLeases for ContainerdStore {
             labels.insert(LAST_USE.to_owned(), text(last_use)?);
         }
         let id = format!("lighterman-layers-{:032x}", rand::random::<u128>());
-        let request = self.link.request(CreateRequest { id: id.clone(), labels });
-        self.link.call(self.link.leases().create(request)).await.map_err(|status| self.link.store_error(&status))?;
+        let request = self.client.request(CreateRequest { id: id.clone(), labels });
+        self.client
+            .call(self.client.leases().create(request))
+            .await
+            .map_err(|status| self.client.store_error(&status))?;
         Ok(Pin(id))
     }
 

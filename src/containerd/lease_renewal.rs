@@ -45,42 +45,42 @@ impl Renewals {
     /// The lease for new resources of the pin.
     pub(super) fn lease(&self, pin: &Pin) -> Result<String, StoreError> {
         match self.lock().get(&pin.0) {
-            Some(succession) if succession.is_lost => Err(pin_ended(pin)),
-            Some(succession) => Ok(succession.last().to_owned()),
+            Some(pin_leases) if pin_leases.is_lost => Err(pin_ended(pin)),
+            Some(pin_leases) => Ok(pin_leases.last().to_owned()),
             None => Ok(pin.0.clone()),
         }
     }
 
     /// Removes the pin's entry. Returns the last lease and the former leases.
     pub(super) fn end(&self, pin: &Pin) -> (String, Vec<String>) {
-        let Some(succession) = self.lock().remove(&pin.0) else { return (pin.0.clone(), Vec::new()) };
-        let last = succession.last().to_owned();
-        let former = succession.leases.into_iter().map(|lease| lease.id).filter(|id| *id != last).collect();
+        let Some(pin_leases) = self.lock().remove(&pin.0) else { return (pin.0.clone(), Vec::new()) };
+        let last = pin_leases.last().to_owned();
+        let former = pin_leases.leases.into_iter().map(|lease| lease.id).filter(|id| *id != last).collect();
         (last, former)
     }
 
     /// Adds a new lease to the pin. Returns the leases that must be copied into the new lease.
     fn push(&self, pin: &Pin, id: String, life: Duration, now: Instant) -> Vec<String> {
         let mut renewals = self.lock();
-        renewals.retain(|name, succession| *name == pin.0 || succession.ends > now);
+        renewals.retain(|name, pin_leases| *name == pin.0 || pin_leases.ends > now);
         let first = || Lease { id: pin.0.clone(), is_copied: false };
-        let succession = renewals.entry(pin.0.clone());
-        let succession = succession.or_insert_with(|| PinLeases { leases: vec![first()], ends: now, is_lost: false });
-        let uncopied = succession.leases.iter().filter(|lease| !lease.is_copied).map(|lease| lease.id.clone());
+        let pin_leases = renewals.entry(pin.0.clone());
+        let pin_leases = pin_leases.or_insert_with(|| PinLeases { leases: vec![first()], ends: now, is_lost: false });
+        let uncopied = pin_leases.leases.iter().filter(|lease| !lease.is_copied).map(|lease| lease.id.clone());
         let uncopied: Vec<_> = uncopied.collect();
-        succession.leases.push(Lease { id, is_copied: false });
-        succession.ends = now + life;
+        pin_leases.leases.push(Lease { id, is_copied: false });
+        pin_leases.ends = now + life;
         uncopied
     }
 
     fn may_renew(&self, pin: &Pin) -> bool {
-        self.lock().get(&pin.0).is_none_or(|succession| !succession.is_lost && succession.leases.len() < MAX_LEASES)
+        self.lock().get(&pin.0).is_none_or(|pin_leases| !pin_leases.is_lost && pin_leases.leases.len() < MAX_LEASES)
     }
 
     /// The last lease has the resources of this lease.
     fn mark_copied(&self, pin: &Pin, id: &str) {
-        if let Some(succession) = self.lock().get_mut(&pin.0)
-            && let Some(lease) = succession.leases.iter_mut().find(|lease| lease.id == id)
+        if let Some(pin_leases) = self.lock().get_mut(&pin.0)
+            && let Some(lease) = pin_leases.leases.iter_mut().find(|lease| lease.id == id)
         {
             lease.is_copied = true;
         }
@@ -88,15 +88,15 @@ impl Renewals {
 
     /// The last lease has every resource. Leases before the last two have expired.
     fn drop_older(&self, pin: &Pin) {
-        if let Some(succession) = self.lock().get_mut(&pin.0) {
-            let older = succession.leases.len().saturating_sub(2);
-            succession.leases.drain(..older);
+        if let Some(pin_leases) = self.lock().get_mut(&pin.0) {
+            let older = pin_leases.leases.len().saturating_sub(2);
+            pin_leases.leases.drain(..older);
         }
     }
 
     fn mark_lost(&self, pin: &Pin) {
-        if let Some(succession) = self.lock().get_mut(&pin.0) {
-            succession.is_lost = true;
+        if let Some(pin_leases) = self.lock().get_mut(&pin.0) {
+            pin_leases.is_lost = true;
         }
     }
 
@@ -123,7 +123,7 @@ impl ContainerdStore {
         let mut lease = self.state.renewals.lease(pin)?;
         loop {
             let added = self.add_resource(lease.clone(), resource.clone()).await;
-            added.map_err(|status| self.link.store_error(&status))?;
+            added.map_err(|status| self.client.store_error(&status))?;
             let last = self.state.renewals.lease(pin)?;
             if last == lease {
                 return Ok(());
@@ -133,8 +133,8 @@ impl ContainerdStore {
     }
 
     async fn add_resource(&self, lease: String, resource: Resource) -> Result<(), Status> {
-        let request = self.link.request(AddResourceRequest { id: lease, resource: Some(resource) });
-        self.link.call(self.link.leases().add_resource(request)).await.map(drop)
+        let request = self.client.request(AddResourceRequest { id: lease, resource: Some(resource) });
+        self.client.call(self.client.leases().add_resource(request)).await.map(drop)
     }
 
     /// Replaces the lease of the pin. New content goes to the new lease before the former lease is
@@ -155,7 +155,7 @@ impl ContainerdStore {
                     self.delete_lease_by_id(next, false).await?;
                     return Err(pin_ended(pin));
                 }
-                Err(status) => return Err(self.link.store_error(&status)),
+                Err(status) => return Err(self.client.store_error(&status)),
             }
         }
         renewals.drop_older(pin);
@@ -163,8 +163,8 @@ impl ContainerdStore {
     }
 
     async fn copy_lease(&self, from: &str, to: &str) -> Result<(), Status> {
-        let request = self.link.request(ListResourcesRequest { id: from.to_owned() });
-        let listed = self.link.call(self.link.leases().list_resources(request)).await?;
+        let request = self.client.request(ListResourcesRequest { id: from.to_owned() });
+        let listed = self.client.call(self.client.leases().list_resources(request)).await?;
         for resource in listed.resources {
             self.add_resource(to.to_owned(), resource).await?;
         }

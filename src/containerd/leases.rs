@@ -19,15 +19,18 @@ const COLLECT_DEADLINE: Duration = Duration::from_secs(60);
 
 impl ContainerdStore {
     pub(super) async fn create_lease(&self, life: Duration) -> Result<Pin, StoreError> {
-        let unusable =
+        let out_of_range =
             |_| StoreError::Other(format!("a pin for {} s ends beyond the range of timestamps", life.as_secs()));
-        let until = SystemTime::now().checked_add(life).ok_or(()).map_err(unusable)?;
-        let until = jiff::Timestamp::try_from(until).map_err(|_| ()).map_err(unusable)?;
+        let until = SystemTime::now().checked_add(life).ok_or(()).map_err(out_of_range)?;
+        let until = jiff::Timestamp::try_from(until).map_err(|_| ()).map_err(out_of_range)?;
         let id = format!("lighterman-{:032x}", rand::random::<u128>());
         let labels =
             HashMap::from([(EXPIRES.to_owned(), until.to_string()), (PIN_LABEL.to_owned(), "agent".to_owned())]);
-        let request = self.link.request(CreateRequest { id: id.clone(), labels });
-        self.link.call(self.link.leases().create(request)).await.map_err(|status| self.link.store_error(&status))?;
+        let request = self.client.request(CreateRequest { id: id.clone(), labels });
+        self.client
+            .call(self.client.leases().create(request))
+            .await
+            .map_err(|status| self.client.store_error(&status))?;
         Ok(Pin(id))
     }
 
@@ -42,8 +45,8 @@ impl ContainerdStore {
 
     /// Runs containerd's collector and waits for its end.
     pub(super) async fn collect(&self) -> Result<(), StoreError> {
-        let nothing = self.create_lease(COLLECT_DEADLINE).await?;
-        self.delete_lease(&nothing, true).await
+        let empty_pin = self.create_lease(COLLECT_DEADLINE).await?;
+        self.delete_lease(&empty_pin, true).await
     }
 
     pub(super) async fn delete_lease(&self, pin: &Pin, sync: bool) -> Result<(), StoreError> {
@@ -52,19 +55,19 @@ impl ContainerdStore {
             self.delete_lease_by_id(lease, false).await?;
         }
         self.delete_lease_by_id(last, sync).await?;
-        self.changed();
+        self.record_change();
         Ok(())
     }
 
     pub(super) async fn delete_lease_by_id(&self, id: String, sync: bool) -> Result<(), StoreError> {
-        let request = self.link.request(DeleteRequest { id, sync });
-        let mut leases = self.link.leases();
+        let request = self.client.request(DeleteRequest { id, sync });
+        let mut leases = self.client.leases();
         let deleted = match sync {
-            true => self.link.call_within(COLLECT_DEADLINE, leases.delete(request)).await,
-            false => self.link.call(leases.delete(request)).await,
+            true => self.client.call_within(COLLECT_DEADLINE, leases.delete(request)).await,
+            false => self.client.call(leases.delete(request)).await,
         };
         match deleted {
-            Err(status) if status.code() != Code::NotFound => Err(self.link.store_error(&status)),
+            Err(status) if status.code() != Code::NotFound => Err(self.client.store_error(&status)),
             _ => Ok(()),
         }
     }

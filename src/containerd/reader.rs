@@ -30,12 +30,12 @@ struct Window {
     /// End of the answer in the blob.
     end: u64,
     /// Received bytes that were not returned yet.
-    left: Bytes,
+    buffered: Bytes,
 }
 
 impl ApiReader {
-    pub(super) fn new(link: ContainerdClient, digest: Digest, size: u64) -> Self {
-        Self { client: link, digest, size, window: None }
+    pub(super) fn new(client: ContainerdClient, digest: Digest, size: u64) -> Self {
+        Self { client, digest, size, window: None }
     }
 
     async fn window_at(&mut self, offset: u64) -> Result<Window, StoreError> {
@@ -50,7 +50,7 @@ impl ApiReader {
                 };
                 let answer = self.client.call(self.client.content().read(self.client.request(request))).await;
                 let messages = answer.map_err(|status| self.client.blob_error(self.digest, &status))?;
-                Ok(Window { messages, next: offset, end: offset + size, left: Bytes::new() })
+                Ok(Window { messages, next: offset, end: offset + size, buffered: Bytes::new() })
             }
         }
     }
@@ -62,12 +62,12 @@ impl BlobReader for ApiReader {
         self.size
     }
 
-    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        if offset >= self.size || most == 0 {
+    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
+        if offset >= self.size || limit == 0 {
             return Ok(Bytes::new());
         }
         let mut window = self.window_at(offset).await?;
-        while window.left.is_empty() {
+        while window.buffered.is_empty() {
             let received = with_deadline(MESSAGE_DEADLINE, window.messages.message()).await;
             let message =
                 received.map_err(|status| self.client.blob_error(self.digest, &status))?.ok_or_else(|| {
@@ -78,9 +78,9 @@ impl BlobReader for ApiReader {
                 })?;
             // Messages arrive in order, so `offset`, which counts from the start of the answer, is
             // not checked.
-            window.left = message.data.into();
+            window.buffered = message.data.into();
         }
-        let read = window.left.split_to(window.left.len().min(most));
+        let read = window.buffered.split_to(window.buffered.len().min(limit));
         window.next += read.len() as u64;
         self.window = Some(window);
         Ok(read)

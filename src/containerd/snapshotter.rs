@@ -27,7 +27,7 @@ impl fmt::Display for Snapshotter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Supported(name) => f.write_str(name),
-            Self::Unsupported(why) => write!(f, "left to containerd: {why}"),
+            Self::Unsupported(reason) => write!(f, "left to containerd: {reason}"),
         }
     }
 }
@@ -35,9 +35,9 @@ impl fmt::Display for Snapshotter {
 impl ContainerdStore {
     /// Determined once after each start of containerd.
     pub(super) async fn snapshotter(&self) -> Result<Snapshotter, StoreError> {
-        let mut known = self.state.snapshotter.lock().await;
-        if let Some(known) = &*known {
-            return Ok(known.clone());
+        let mut cached = self.state.snapshotter.lock().await;
+        if let Some(cached) = &*cached {
+            return Ok(cached.clone());
         }
         let found = match self.cri_snapshotter().await? {
             Some(name) if !SUPPORTED.contains(&&*name) => {
@@ -52,9 +52,9 @@ impl ContainerdStore {
         };
         match &found {
             Snapshotter::Supported(name) => tracing::debug!(name, "layers can be unpacked into CRI's snapshotter"),
-            Snapshotter::Unsupported(why) => tracing::debug!(why, "layers are not unpacked ahead of CRI"),
+            Snapshotter::Unsupported(reason) => tracing::debug!(reason, "layers are not unpacked ahead of CRI"),
         }
-        Ok(known.insert(found).clone())
+        Ok(cached.insert(found).clone())
     }
 
     /// containerd 1.x has the name in CRI's configuration. 2.x has the setting in another plugin,
@@ -84,9 +84,10 @@ fn configured_snapshotter(containerd: &Value) -> Option<String> {
 const FOLDER_PREFIX: &str = "io.containerd.snapshotter.v1.";
 
 fn snapshotter_of_folder(folder: &Path, plugins: &[SnapshotterPlugin]) -> Option<String> {
-    let told = plugins.iter().find(|plugin| plugin.root.as_deref() == Some(folder)).map(|plugin| plugin.id.as_str());
+    let exported =
+        plugins.iter().find(|plugin| plugin.root.as_deref() == Some(folder)).map(|plugin| plugin.id.as_str());
     let named = || folder.file_name()?.to_str()?.strip_prefix(FOLDER_PREFIX);
-    told.or_else(named).map(str::to_owned)
+    exported.or_else(named).map(str::to_owned)
 }
 
 #[cfg(test)]

@@ -73,17 +73,17 @@ impl ContainerdStore {
 
     /// Folder for staging files: in the content store's root, else the configured folder.
     async fn staging_folder(&self) -> Result<PathBuf, StoreError> {
-        let mut why = None;
+        let mut reason = None;
         for folder in self.staging_folders().await? {
             let made = folder.clone();
             match blocking(move || create_staging_folder(&made)).await? {
                 Ok(()) => return Ok(folder),
-                Err(error) => why = Some(format!("{}: {error}", folder.display())),
+                Err(error) => reason = Some(format!("{}: {error}", folder.display())),
             }
         }
-        let why = why
+        let reason = reason
             .unwrap_or_else(|| "containerd's content store cannot be seen, and no other staging folder is set".into());
-        Err(StoreError::Other(format!("no folder for staged blobs: {why}")))
+        Err(StoreError::Other(format!("no folder for staged blobs: {reason}")))
     }
 
     /// Every folder that may have staging files, the preferred folder first.
@@ -103,17 +103,17 @@ impl ContainerdStore {
         for folder in self.staging_folders().await? {
             let at = folder.clone();
             let found = blocking(move || leftovers(&at)).await?;
-            for left in found.map_err(|error| StoreError::Other(format!("{}: {error}", folder.display())))? {
-                self.sweep_leftover(&folder, &left).await?;
+            for leftover in found.map_err(|error| StoreError::Other(format!("{}: {error}", folder.display())))? {
+                self.sweep_leftover(&folder, &leftover).await?;
             }
         }
         Ok(())
     }
 
-    async fn sweep_leftover(&self, folder: &Path, left: &Leftover) -> Result<(), StoreError> {
-        let path = folder.join(&left.name);
-        let digest = left.name.to_str().and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
-        let mut is_over = left.age > STAGED_BLOB_LIFE;
+    async fn sweep_leftover(&self, folder: &Path, leftover: &Leftover) -> Result<(), StoreError> {
+        let path = folder.join(&leftover.name);
+        let digest = leftover.name.to_str().and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
+        let mut is_removable = leftover.age > STAGED_BLOB_LIFE;
         let slot = match digest.map(|digest| IngestSlot::take(self, digest)) {
             Some(Err(_)) => return Ok(()),
             slot => slot.and_then(Result::ok),
@@ -123,15 +123,15 @@ impl ContainerdStore {
             return Ok(());
         }
         if let Some(slot) = &slot {
-            is_over |= self.find_blob(slot.digest()).await?.is_some();
-            if !is_over && let Some(size) = self.size_if_linked(&path).await? {
+            is_removable |= self.find_blob(slot.digest()).await?.is_some();
+            if !is_removable && let Some(size) = self.size_if_linked(&path).await? {
                 let pin = self.create_lease(SWEEP_LEASE_LIFE).await?;
-                let finished = self.adopt_leftover(slot, &path, size, &pin).await;
+                let adopted = self.adopt_leftover(slot, &path, size, &pin).await;
                 self.delete_lease(&pin, false).await?;
-                is_over = finished?;
+                is_removable = adopted?;
             }
         }
-        match is_over {
+        match is_removable {
             // The next sweep retries a failed removal.
             true => blocking(move || std::fs::remove_file(path).unwrap_or_default()).await,
             false => Ok(()),
@@ -158,7 +158,7 @@ impl ContainerdStagedBlob {
         &self,
         slot: &Arc<IngestSlot>,
         proof: BlobProof,
-        remembered: &BlobMetadata,
+        metadata: &BlobMetadata,
     ) -> Result<(), StoreError> {
         let store = &self.store;
         let root = store.content_root().await?.filter(|root| self.file.path().starts_with(root.join(STAGING_FOLDER)));
@@ -166,24 +166,19 @@ impl ContainerdStagedBlob {
         if let Some(root) = root.filter(|_| self.file.size() > 0)
             && store.ingest_mode().await? == Some(IngestMode::Linked)
         {
-            match store.adopt(slot, &self.file, &root, &self.pin, remembered).await? {
+            match store.adopt(slot, &self.file, &root, &self.pin, metadata).await? {
                 Ok(()) => return Ok(()),
-                Err(AdoptionError(why)) => store.record_adoption_error(why).await,
+                Err(AdoptionError(reason)) => store.record_adoption_error(reason).await,
             }
         }
-        self.send(slot, proof, remembered).await
+        self.send(slot, proof, metadata).await
     }
 
     /// Sends the bytes, and once more after a stray file with other bytes was discarded.
-    async fn send(
-        &self,
-        slot: &Arc<IngestSlot>,
-        proof: BlobProof,
-        remembered: &BlobMetadata,
-    ) -> Result<(), StoreError> {
+    async fn send(&self, slot: &Arc<IngestSlot>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         for _ in 0..2 {
             let mut writer = match self.store.begin_checked_write(Arc::clone(slot), self.file.size(), &self.pin).await {
-                Err(StoreError::AlreadyExists(digest)) => return self.store.add_labels(digest, remembered).await,
+                Err(StoreError::AlreadyExists(digest)) => return self.store.add_labels(digest, metadata).await,
                 writer => writer?,
             };
             let mut offset = 0;
@@ -192,7 +187,7 @@ impl ContainerdStagedBlob {
                 offset += bytes.len() as u64;
                 writer.append(&[bytes]).await?;
             }
-            if writer.finish(&proof, remembered).await? == CommitOutcome::Blob {
+            if writer.finish(&proof, metadata).await? == CommitOutcome::Blob {
                 return Ok(());
             }
         }
@@ -210,11 +205,11 @@ impl StagedBlob for ContainerdStagedBlob {
         self.file.write_at(offset, chunks).await.map_err(|error| self.io_error(&error))
     }
 
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        self.file.read_at(offset, most).await.map_err(|error| self.io_error(&error))
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
+        self.file.read_at(offset, limit).await.map_err(|error| self.io_error(&error))
     }
 
-    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(&self, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let (digest, size) = (self.digest, self.file.size());
         if proof.digest() != digest || proof.size() != size {
             let (proved, length) = (proof.digest(), proof.size());
@@ -227,12 +222,12 @@ impl StagedBlob for ContainerdStagedBlob {
         let slot = open.as_ref().ok_or_else(closed)?;
         let file = Arc::clone(&self.file);
         blocking(move || file.seal()).await?.map_err(|error| self.io_error(&error))?;
-        self.record(slot, proof, remembered).await?;
+        self.record(slot, proof, metadata).await?;
         // After the record: this name kept the bytes until then.
         let file = Arc::clone(&self.file);
         blocking(move || file.remove()).await?;
         *open = None;
-        self.store.changed();
+        self.store.record_change();
         Ok(())
     }
 

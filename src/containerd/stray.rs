@@ -55,9 +55,9 @@ impl ContainerdStore {
         pin: &Pin,
     ) -> Result<CheckedWriter, StoreError> {
         let digest = slot.digest();
-        let was_clear = self.remove_stray(digest).await?;
+        let is_stray_free = self.remove_stray(digest).await?;
         let writer = self.begin_write(slot, size, pin).await?;
-        Ok(CheckedWriter { writer, store: self.clone(), digest, size, pin: pin.clone(), is_stray_free: was_clear })
+        Ok(CheckedWriter { writer, store: self.clone(), digest, size, pin: pin.clone(), is_stray_free })
     }
 
     /// Removes a stray file with wrong bytes. Returns `false` when the file cannot be seen or
@@ -81,7 +81,7 @@ impl ContainerdStore {
 
     /// Whether containerd returns the blob's own bytes.
     async fn is_intact(&self, digest: Digest, size: u64) -> Result<bool, StoreError> {
-        let mut reader = ApiReader::new(self.link.clone(), digest, size);
+        let mut reader = ApiReader::new(self.client.clone(), digest, size);
         let mut hasher = Hasher::default();
         while hasher.size() < size {
             match reader.read_at(hasher.size(), MESSAGE_SIZE).await {
@@ -106,14 +106,10 @@ fn remove_wrong_stray(path: &Path, staging: &Path, digest: Digest) -> io::Result
 
 impl CheckedWriter {
     /// Commits the blob and verifies the result.
-    pub(super) async fn finish(
-        self,
-        proof: &BlobProof,
-        remembered: &BlobMetadata,
-    ) -> Result<CommitOutcome, StoreError> {
-        let Self { writer, store, digest, size, pin, is_stray_free: was_clear } = self;
-        writer.commit(proof, remembered).await?;
-        if was_clear && store.has_file(digest).await? || store.is_intact(digest, size).await? {
+    pub(super) async fn finish(self, proof: &BlobProof, metadata: &BlobMetadata) -> Result<CommitOutcome, StoreError> {
+        let Self { writer, store, digest, size, pin, is_stray_free } = self;
+        writer.commit(proof, metadata).await?;
+        if is_stray_free && store.has_file(digest).await? || store.is_intact(digest, size).await? {
             return Ok(CommitOutcome::Blob);
         }
         tracing::warn!(%digest, "containerd made a record of a stray file with other bytes; the file is discarded");
@@ -140,9 +136,9 @@ impl BlobSink for CheckedWriter {
 
 #[async_trait]
 impl BlobWriter for CheckedWriter {
-    async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let digest = self.digest;
-        match self.finish(&proof, remembered).await? {
+        match self.finish(&proof, metadata).await? {
             CommitOutcome::Blob => Ok(()),
             CommitOutcome::Stray => Err(StoreError::Other(format!(
                 "a stray file with the name of {digest} had other bytes and was removed; a retry writes the blob"

@@ -69,7 +69,7 @@ impl<'a> Extraction<'a> {
 
     /// A request under the pin's lease.
     fn request<T>(&self, message: T) -> Request<T> {
-        let mut request = self.store.link.request(message);
+        let mut request = self.store.client.request(message);
         request.metadata_mut().insert("containerd-lease", self.lease.clone());
         request
     }
@@ -79,10 +79,10 @@ impl<'a> Extraction<'a> {
     async fn run(&self, layer: &StackedLayer) -> Result<UnpackOutcome, UnpackError> {
         // Only `blob_error` detects a full disk. Its other results do not fit: `NotFound` means
         // that a snapshot is missing, not the blob.
-        let link = &self.store.link;
-        let failed = |status: Status| match link.blob_error(layer.blob.digest, &status) {
+        let client = &self.store.client;
+        let to_unpack_error = |status: Status| match client.blob_error(layer.blob.digest, &status) {
             full @ StoreError::Full(_) => UnpackError::Store(full),
-            _ => UnpackError::Store(link.store_error(&status)),
+            _ => UnpackError::Store(client.store_error(&status)),
         };
         let mut snapshots = self.store.snapshots();
         let snapshotter = self.snapshotter.to_owned();
@@ -93,7 +93,7 @@ impl<'a> Extraction<'a> {
             parent,
             labels: HashMap::new(),
         };
-        let mounts = snapshots.prepare(self.request(prepare)).await.map_err(failed)?.into_inner().mounts;
+        let mounts = snapshots.prepare(self.request(prepare)).await.map_err(to_unpack_error)?.into_inner().mounts;
         let diff = Some(types::Descriptor {
             media_type: layer.blob.media_type.clone(),
             digest: layer.blob.digest.to_string(),
@@ -103,7 +103,8 @@ impl<'a> Extraction<'a> {
         // Not synced to disk, like CRI's own snapshots by default: commits of blobs would wait for
         // the sync.
         let apply = ApplyRequest { diff, mounts, payloads: HashMap::new(), sync_fs: false };
-        let applied = DiffClient::new(self.store.link.channel()).apply(self.request(apply)).await.map_err(failed)?;
+        let applied =
+            DiffClient::new(self.store.client.channel()).apply(self.request(apply)).await.map_err(to_unpack_error)?;
         let actual = applied.into_inner().applied.unwrap_or_default().digest;
         if actual != layer.diff_id.to_string() {
             return Err(UnpackError::DiffIdMismatch { expected: layer.diff_id, actual });
@@ -118,7 +119,7 @@ impl<'a> Extraction<'a> {
             Ok(_) => Ok(UnpackOutcome::Unpacked),
             // CRI committed the snapshot first. The pin holds CRI's snapshot.
             Err(status) if status.code() == Code::AlreadyExists => Ok(UnpackOutcome::AlreadyUnpacked),
-            Err(status) => Err(failed(status)),
+            Err(status) => Err(to_unpack_error(status)),
         }
     }
 }
@@ -131,22 +132,22 @@ impl State {
 
 impl ContainerdStore {
     fn snapshots(&self) -> SnapshotsClient<Channel> {
-        SnapshotsClient::new(self.link.channel()).max_decoding_message_size(MAX_MESSAGE)
+        SnapshotsClient::new(self.client.channel()).max_decoding_message_size(MAX_MESSAGE)
     }
 
     async fn supported_snapshotter(&self) -> Result<String, UnpackError> {
         match self.snapshotter().await? {
             Snapshotter::Supported(name) => Ok(name),
-            Snapshotter::Unsupported(why) => Err(UnpackError::Unsupported(why)),
+            Snapshotter::Unsupported(reason) => Err(UnpackError::Unsupported(reason)),
         }
     }
 
     async fn has_snapshot(&self, snapshotter: &str, chain_id: Digest) -> Result<bool, StoreError> {
         let stat = StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: chain_id.to_string() };
-        match self.link.call(self.snapshots().stat(self.link.request(stat))).await {
+        match self.client.call(self.snapshots().stat(self.client.request(stat))).await {
             Ok(_) => Ok(true),
             Err(status) if status.code() == Code::NotFound => Ok(false),
-            Err(status) => Err(self.link.store_error(&status)),
+            Err(status) => Err(self.client.store_error(&status)),
         }
     }
 
@@ -164,8 +165,8 @@ impl ContainerdStore {
 
     async fn remove_snapshot(&self, snapshotter: &str, key: &str) -> Result<(), StoreError> {
         let remove = RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
-        match self.link.call(self.snapshots().remove(self.link.request(remove))).await {
-            Err(status) if status.code() != Code::NotFound => Err(self.link.store_error(&status)),
+        match self.client.call(self.snapshots().remove(self.client.request(remove))).await {
+            Err(status) if status.code() != Code::NotFound => Err(self.client.store_error(&status)),
             _ => Ok(()),
         }
     }
@@ -187,12 +188,13 @@ impl ContainerdStore {
 
     /// Keys of the agent's active snapshots.
     async fn active_snapshots(&self, snapshotter: &str) -> Result<Vec<String>, StoreError> {
-        let failed = |status: Status| self.link.store_error(&status);
+        let to_store_error = |status: Status| self.client.store_error(&status);
         let filters = vec![format!("kind==active,name~=\"^{KEY_PREFIX}\"")];
         let list = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters };
-        let mut answers = self.link.call(self.snapshots().list(self.link.request(list))).await.map_err(failed)?;
+        let mut answers =
+            self.client.call(self.snapshots().list(self.client.request(list))).await.map_err(to_store_error)?;
         let mut keys = Vec::new();
-        while let Some(answer) = with_deadline(MESSAGE_DEADLINE, answers.message()).await.map_err(failed)? {
+        while let Some(answer) = with_deadline(MESSAGE_DEADLINE, answers.message()).await.map_err(to_store_error)? {
             // Compared again, because filters may differ between versions of containerd.
             keys.extend(answer.info.into_iter().map(|info| info.name).filter(|name| name.starts_with(KEY_PREFIX)));
         }
@@ -239,7 +241,7 @@ impl Unpacker for ContainerdStore {
         let info = Info { digest: config.to_string(), labels: [(key, top.to_string())].into(), ..Info::default() };
         let mut update = UpdateRequest { info: Some(info), update_mask: None };
         update.update_mask.get_or_insert_default().paths = paths;
-        let updated = self.link.call(self.link.content().update(self.link.request(update))).await;
-        updated.map(|_| ()).map_err(|status| UnpackError::Store(self.link.blob_error(config, &status)))
+        let updated = self.client.call(self.client.content().update(self.client.request(update))).await;
+        updated.map(|_| ()).map_err(|status| UnpackError::Store(self.client.blob_error(config, &status)))
     }
 }

@@ -43,8 +43,8 @@ pub(super) const MESSAGE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Pauses between retries. After a cancelled stream containerd writes its buffered bytes:
 /// milliseconds, or as long as a busy disk takes. All pauses together are two seconds.
-const FIRST_PAUSE: Duration = Duration::from_millis(4);
-const LAST_PAUSE: Duration = Duration::from_millis(1024);
+const MIN_BACKOFF: Duration = Duration::from_millis(4);
+const MAX_BACKOFF: Duration = Duration::from_millis(1024);
 
 /// A commit syncs the file. The kernel's dirty limits bound the unwritten bytes by a fifth of
 /// memory: some gigabytes at 50 MB/s.
@@ -81,8 +81,8 @@ impl IngestSlot {
         self.digest
     }
 
-    fn set_leftover(&self, something: bool) {
-        self.has_leftover.store(something, Ordering::Relaxed);
+    fn set_leftover(&self, has_leftover: bool) {
+        self.has_leftover.store(has_leftover, Ordering::Relaxed);
     }
 }
 
@@ -113,12 +113,12 @@ impl WriteStream {
     /// Declines the offer with an empty write. containerd then continues with the file of an
     /// earlier attempt, which an abort leaves if a copy was offered to that attempt. The next
     /// message has offset 0 and truncates the file.
-    async fn decline(&mut self, ask: WriteContentRequest) -> Result<(), Status> {
-        let decline = async {
-            let _ = self.messages.send(ask).await;
+    async fn decline(&mut self, request: WriteContentRequest) -> Result<(), Status> {
+        let exchange = async {
+            let _ = self.messages.send(request).await;
             self.answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))
         };
-        with_deadline(MESSAGE_DEADLINE, decline).await.map(|_| ())
+        with_deadline(MESSAGE_DEADLINE, exchange).await.map(|_| ())
     }
 
     /// Commits the offered bytes, with these labels.
@@ -128,12 +128,12 @@ impl WriteStream {
         size: u64,
         labels: HashMap<String, String>,
     ) -> Result<(), Status> {
-        let accept = WriteContentRequest {
+        let request = WriteContentRequest {
             offset: size.cast_signed(),
             labels,
             ..write_request(WriteAction::Commit, digest, size)
         };
-        let _ = self.messages.send(accept).await;
+        let _ = self.messages.send(request).await;
         let accepted = async { self.answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended")) };
         with_deadline(COMMIT_DEADLINE, accepted).await.map(|_| ())
     }
@@ -157,7 +157,7 @@ impl ContainerdStore {
         pin: &Pin,
     ) -> Result<ApiWriter, StoreError> {
         let digest = slot.digest;
-        let mut pause = FIRST_PAUSE;
+        let mut backoff = MIN_BACKOFF;
         let stream = loop {
             let mut stream = self.open_write(&slot, size, pin).await?;
             // Another namespace has the blob, or a file has no record: containerd offers the bytes
@@ -166,13 +166,13 @@ impl ContainerdStore {
                 break stream;
             }
             let declined = stream.decline(write_request(WriteAction::Write, digest, size)).await;
-            match declined.map_err(|status| self.link.blob_error(digest, &status)) {
+            match declined.map_err(|status| self.client.blob_error(digest, &status)) {
                 Ok(()) => break stream,
                 // containerd made the offer before detecting the end of the last stream on the ref.
-                Err(StoreError::Busy(_)) if pause <= LAST_PAUSE => sleep(pause).await,
+                Err(StoreError::Busy(_)) if backoff <= MAX_BACKOFF => sleep(backoff).await,
                 Err(error) => return Err(error),
             }
-            pause *= 2;
+            backoff *= 2;
         };
         let filling = Vec::with_capacity(MESSAGE_SIZE.min(usize::try_from(size).unwrap_or(MESSAGE_SIZE)));
         let WriteStream { messages, answers, offered: _ } = stream;
@@ -185,13 +185,13 @@ impl ContainerdStore {
     /// [`StoreError::AlreadyExists`] when the complete blob exists; the pin then holds the blob.
     pub(super) async fn open_write(&self, slot: &IngestSlot, size: u64, pin: &Pin) -> Result<WriteStream, StoreError> {
         let digest = slot.digest;
-        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        let lease: MetadataValue<Ascii> = self.state.renewals.lease(pin)?.parse().map_err(|_| gone())?;
-        let _alone = self.state.begin_lock.lock().await;
+        let unknown_pin = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        let lease: MetadataValue<Ascii> = self.state.renewals.lease(pin)?.parse().map_err(|_| unknown_pin())?;
+        let _guard = self.state.begin_lock.lock().await;
         self.abort(digest).await?;
         slot.set_leftover(true);
-        let locked = |status: &Status| matches!(self.link.blob_error(digest, status), StoreError::Busy(_));
-        let open = || retry_until_settled(locked, || self.open_stream(digest, size, Some(&lease)));
+        let is_locked = |status: &Status| matches!(self.client.blob_error(digest, status), StoreError::Busy(_));
+        let open = || retry_until_settled(is_locked, || self.open_stream(digest, size, Some(&lease)));
         let mut opened = open().await;
         if opened.as_ref().is_err_and(|status| status.code() == Code::AlreadyExists)
             && self.find_blob(digest).await?.is_none()
@@ -202,10 +202,10 @@ impl ContainerdStore {
         }
         match opened {
             Ok(stream) => Ok(stream),
-            Err(status) if status.code() == Code::NotFound => Err(gone()),
+            Err(status) if status.code() == Code::NotFound => Err(unknown_pin()),
             Err(status) => {
                 slot.set_leftover(status.code() != Code::AlreadyExists);
-                Err(self.link.blob_error(digest, &status))
+                Err(self.client.blob_error(digest, &status))
             }
         }
     }
@@ -218,15 +218,15 @@ impl ContainerdStore {
         size: u64,
         lease: Option<&MetadataValue<Ascii>>,
     ) -> Result<WriteStream, Status> {
-        let (messages, waiting) = mpsc::channel(IN_FLIGHT);
+        let (messages, queued) = mpsc::channel(IN_FLIGHT);
         messages.try_send(write_request(WriteAction::Stat, digest, size)).expect("an empty channel has room");
-        let mut request = self.link.request(ReceiverStream::new(waiting));
+        let mut request = self.client.request(ReceiverStream::new(queued));
         if let Some(lease) = lease {
             request.metadata_mut().insert("containerd-lease", lease.clone());
         }
         // The answer confirms the lock on the ref.
         let opened = async {
-            let mut answers = self.link.content().write(request).await?.into_inner();
+            let mut answers = self.client.content().write(request).await?.into_inner();
             let answer = answers.message().await?.ok_or_else(|| Status::unavailable("the stream ended"))?;
             Ok(WriteStream { messages, answers, offered: answer.offset.cast_unsigned() })
         };
@@ -239,31 +239,31 @@ impl ContainerdStore {
         &self,
         slot: &IngestSlot,
         committed: Result<(), Status>,
-        remembered: &BlobMetadata,
+        metadata: &BlobMetadata,
     ) -> Result<(), StoreError> {
         match committed {
             Ok(()) => {}
             // Another client, perhaps the kubelet, committed first. The lease holds the blob, but
             // the labels of this commit are lost.
-            Err(status) if status.code() == Code::AlreadyExists => self.add_labels(slot.digest, remembered).await?,
-            Err(status) => return Err(self.link.blob_error(slot.digest, &status)),
+            Err(status) if status.code() == Code::AlreadyExists => self.add_labels(slot.digest, metadata).await?,
+            Err(status) => return Err(self.client.blob_error(slot.digest, &status)),
         }
         slot.set_leftover(false);
-        self.changed();
+        self.record_change();
         Ok(())
     }
 
     /// Deletes the bytes of the ref, if any.
     pub(super) async fn abort(&self, digest: Digest) -> Result<(), StoreError> {
         let abort = || async {
-            let request = self.link.request(AbortRequest { r#ref: ref_of(digest) });
-            self.link.call(self.link.content().abort(request)).await
+            let request = self.client.request(AbortRequest { r#ref: ref_of(digest) });
+            self.client.call(self.client.content().abort(request)).await
         };
         // The last stream created a file in the ref's folder during the removal. containerd then
         // undoes the abort.
-        let refilled = |status: &Status| status.code() == Code::Unknown;
-        match retry_until_settled(refilled, abort).await {
-            Err(status) if status.code() != Code::NotFound => Err(self.link.blob_error(digest, &status)),
+        let is_refilled = |status: &Status| status.code() == Code::Unknown;
+        match retry_until_settled(is_refilled, abort).await {
+            Err(status) if status.code() != Code::NotFound => Err(self.client.blob_error(digest, &status)),
             _ => Ok(()),
         }
     }
@@ -271,11 +271,11 @@ impl ContainerdStore {
     /// Aborts the agent's refs without a writer: of dropped writers and of killed processes.
     pub(super) async fn sweep_abandoned(&self) -> Result<(), StoreError> {
         let filters = vec![format!("ref~=\"^{REF_PREFIX}\"")];
-        let request = self.link.request(ListStatusesRequest { filters });
-        let listed = self.link.call(self.link.content().list_statuses(request)).await;
-        for status in listed.map_err(|status| self.link.store_error(&status))?.statuses {
+        let request = self.client.request(ListStatusesRequest { filters });
+        let listed = self.client.call(self.client.content().list_statuses(request)).await;
+        for status in listed.map_err(|status| self.client.store_error(&status))?.statuses {
             let Some(Ok(digest)) = status.r#ref.strip_prefix(REF_PREFIX).map(str::parse) else { continue };
-            let _alone = self.state.begin_lock.lock().await;
+            let _guard = self.state.begin_lock.lock().await;
             let is_written = self.state.being_written().contains(&digest);
             if !is_written {
                 self.abort(digest).await?;
@@ -287,16 +287,16 @@ impl ContainerdStore {
 
 /// Retries until containerd has detected the end of the last stream on the ref.
 async fn retry_until_settled<T, F: Future<Output = Result<T, Status>>>(
-    unsettled: impl Fn(&Status) -> bool,
+    is_unsettled: impl Fn(&Status) -> bool,
     attempt: impl Fn() -> F,
 ) -> Result<T, Status> {
-    let mut pause = FIRST_PAUSE;
+    let mut backoff = MIN_BACKOFF;
     loop {
         match attempt().await {
-            Err(status) if unsettled(&status) && pause <= LAST_PAUSE => sleep(pause).await,
+            Err(status) if is_unsettled(&status) && backoff <= MAX_BACKOFF => sleep(backoff).await,
             settled => return settled,
         }
-        pause *= 2;
+        backoff *= 2;
     }
 }
 
@@ -337,7 +337,7 @@ impl ApiWriter {
             }
         };
         let sent = with_deadline(MESSAGE_DEADLINE, sending).await;
-        sent.map_err(|status| self.slot.store.link.blob_error(self.slot.digest, &status))
+        sent.map_err(|status| self.slot.store.client.blob_error(self.slot.digest, &status))
     }
 
     /// Waits until containerd has received, hashed and synced all bytes and has made the blob.
@@ -401,7 +401,7 @@ impl BlobSink for ApiWriter {
 
 impl ApiWriter {
     /// Makes the blob readable. containerd uses an existing file unverified, see `stray.rs`.
-    pub(super) async fn commit(mut self, proof: &BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    pub(super) async fn commit(mut self, proof: &BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let digest = self.slot.digest;
         if proof.digest() != digest || proof.size() != self.written || self.size != self.written {
             let (proved, size, written) = (proof.digest(), proof.size(), self.written);
@@ -409,8 +409,8 @@ impl ApiWriter {
                 "the proof is for {size} bytes of {proved}, written were {written} of {digest}"
             )));
         }
-        self.send(WriteAction::Commit, missing_labels(&HashMap::new(), remembered)).await?;
+        self.send(WriteAction::Commit, missing_labels(&HashMap::new(), metadata)).await?;
         let committed = self.wait_committed().await;
-        self.slot.store.finish_commit(&self.slot, committed, remembered).await
+        self.slot.store.finish_commit(&self.slot, committed, metadata).await
     }
 }

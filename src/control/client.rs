@@ -95,8 +95,8 @@ impl Client {
         let status = answer.status();
         let body = Limited::new(answer.into_body(), MAX_LINE).collect();
         let body = tokio::time::timeout(RESPONSE_TIMEOUT, body).await.ok().and_then(Result::ok);
-        let said = body.and_then(|body| serde_json::from_slice::<ErrorBody>(&body.to_bytes()).ok());
-        Err(ClientError::Rejected(said.map_or_else(|| status.to_string(), |refused| refused.error)))
+        let error_body = body.and_then(|body| serde_json::from_slice::<ErrorBody>(&body.to_bytes()).ok());
+        Err(ClientError::Rejected(error_body.map_or_else(|| status.to_string(), |body| body.error)))
     }
 
     async fn send_request(

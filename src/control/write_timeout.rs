@@ -28,8 +28,8 @@ impl WriteTimeoutStream {
             self.deadline = None;
             return written;
         }
-        let until = self.deadline.get_or_insert_with(|| Box::pin(sleep(WRITE_TIMEOUT)));
-        until.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
+        let deadline = self.deadline.get_or_insert_with(|| Box::pin(sleep(WRITE_TIMEOUT)));
+        deadline.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 

@@ -110,20 +110,20 @@ impl Authority {
     /// name.
     fn check_chain(
         &self,
-        own: &EndEntityCert<'_>,
-        above: &[CertificateDer<'_>],
+        leaf: &EndEntityCert<'_>,
+        intermediates: &[CertificateDer<'_>],
         now: Duration,
     ) -> Result<(), CertificateRejection> {
-        let trusted = |usage| {
+        let verify_usage = |usage| {
             let now = UnixTime::since_unix_epoch(now);
-            own.verify_for_usage(self.algorithms.all, &self.anchors, above, now, usage, None, None).map(drop)
+            leaf.verify_for_usage(self.algorithms.all, &self.anchors, intermediates, now, usage, None, None).map(drop)
         };
         // An agent is client and server; issuers often allow only one of the two usages.
-        let trusted = match trusted(KeyUsage::client_auth()) {
-            Err(webpki::Error::RequiredEkuNotFoundContext(_)) => trusted(KeyUsage::server_auth()),
-            decided => decided,
+        let verified = match verify_usage(KeyUsage::client_auth()) {
+            Err(webpki::Error::RequiredEkuNotFoundContext(_)) => verify_usage(KeyUsage::server_auth()),
+            result => result,
         };
-        trusted.map_err(|error| {
+        verified.map_err(|error| {
             CertificateRejection::Chain(match error {
                 webpki::Error::CertExpired { .. } => "a certificate has expired",
                 webpki::Error::CertNotValidYet { .. } => "a certificate is not valid yet",
@@ -132,7 +132,7 @@ impl Authority {
                 _ => "the chain does not lead to the authority",
             })
         })?;
-        own.verify_is_valid_for_subject_name(&self.name).map_err(|_| CertificateRejection::Name)
+        leaf.verify_is_valid_for_subject_name(&self.name).map_err(|_| CertificateRejection::Name)
     }
 }
 
@@ -175,13 +175,13 @@ fn parse_credential(text: &str) -> Result<ParsedCredential, CertificateRejection
     let scheme = SignatureScheme::from(next()?.parse::<u16>().map_err(|_| CertificateRejection::Malformed)?);
     let bytes = |part: &str| BASE64.decode(part).map_err(|_| CertificateRejection::Malformed);
     let signature = bytes(next()?)?;
-    let own = CertificateDer::from(bytes(next()?)?);
+    let leaf = CertificateDer::from(bytes(next()?)?);
     // One certificate more than [`MAX_CHAIN`] allows is read, so a longer chain is detected.
-    let above = parts.take(MAX_CHAIN).map(|part| Ok(bytes(part)?.into())).collect::<Result<Vec<_>, _>>()?;
-    if above.len() == MAX_CHAIN {
+    let intermediates = parts.take(MAX_CHAIN).map(|part| Ok(bytes(part)?.into())).collect::<Result<Vec<_>, _>>()?;
+    if intermediates.len() == MAX_CHAIN {
         Err(CertificateRejection::TooLong)
     } else {
-        Ok(ParsedCredential { issued, scheme, signature, leaf: own, intermediates: above })
+        Ok(ParsedCredential { issued, scheme, signature, leaf, intermediates })
     }
 }
 
@@ -196,7 +196,7 @@ pub fn verify(
     authority: &Authority,
     now: Duration,
 ) -> Result<Duration, CertificateRejection> {
-    let ParsedCredential { issued, scheme, signature, leaf: own, intermediates: above } = parse_credential(text)?;
+    let ParsedCredential { issued, scheme, signature, leaf, intermediates } = parse_credential(text)?;
     let until = issued.saturating_add(STATEMENT_LIFE);
     if until.saturating_add(LEEWAY) < now {
         return Err(CertificateRejection::Expired);
@@ -204,12 +204,12 @@ pub fn verify(
     if issued > now.saturating_add(LEEWAY) {
         return Err(CertificateRejection::TooEarly);
     }
-    let own = EndEntityCert::try_from(&own).map_err(|_| CertificateRejection::Malformed)?;
-    authority.check_chain(&own, &above, now)?;
+    let end_entity = EndEntityCert::try_from(&leaf).map_err(|_| CertificateRejection::Malformed)?;
+    authority.check_chain(&end_entity, &intermediates, now)?;
     let statement = statement(peer, issued);
-    let named = authority.algorithms.mapping.iter().find(|(known, _)| *known == scheme);
-    let signed = named.is_some_and(|(_, algorithms)| {
-        algorithms.iter().any(|algorithm| own.verify_signature(*algorithm, &statement, &signature).is_ok())
+    let supported = authority.algorithms.mapping.iter().find(|(known, _)| *known == scheme);
+    let is_signed = supported.is_some_and(|(_, algorithms)| {
+        algorithms.iter().any(|algorithm| end_entity.verify_signature(*algorithm, &statement, &signature).is_ok())
     });
-    if signed { Ok(until) } else { Err(CertificateRejection::Signature) }
+    if is_signed { Ok(until) } else { Err(CertificateRejection::Signature) }
 }

@@ -202,8 +202,8 @@ pub fn verify_ignoring_expiry(
     if namespace != expectations.k8s_namespace || serviceaccount.name != expectations.service_account {
         return Err(TokenRejection::Subject);
     }
-    let is_one = |name: &str| (1..=MAX_NAME).contains(&name.len());
-    let pod = pod.filter(|pod| is_one(&pod.name) && is_one(&pod.uid)).ok_or(TokenRejection::Unbound)?;
+    let is_valid_name = |name: &str| (1..=MAX_NAME).contains(&name.len());
+    let pod = pod.filter(|pod| is_valid_name(&pod.name) && is_valid_name(&pod.uid)).ok_or(TokenRejection::Unbound)?;
     let node = node.map(|node| NodeName::try_from(node.name)).transpose().map_err(|_| TokenRejection::Malformed)?;
     Ok(Claims { pod_name: pod.name, pod_uid: pod.uid, node, expires: Duration::from_secs(exp) })
 }
@@ -232,11 +232,11 @@ fn verify_signature(token: &str, keys: &[ClusterKey]) -> Result<Payload, TokenRe
     signature_only.required_spec_claims.clear();
     signature_only.validate_exp = false;
     signature_only.validate_aud = false;
-    let opened = decode::<Payload>(token, &key.key, &signature_only).map_err(|error| match error.kind() {
+    let decoded = decode::<Payload>(token, &key.key, &signature_only).map_err(|error| match error.kind() {
         ErrorKind::InvalidSignature => TokenRejection::Signature,
         _ => TokenRejection::Malformed,
     })?;
-    Ok(opened.claims)
+    Ok(decoded.claims)
 }
 
 /// The claims of a ServiceAccount token, as API servers issue tokens for a TokenRequest.

@@ -92,7 +92,7 @@ pub fn classify(waiting: &WaitingState) -> Option<Cause> {
         // The runtime itself reports this reason; its message has the details.
         "RegistryUnavailable" => match kubelet_message::classify(&waiting.message) {
             None | Some(Cause::NotUnderstood) => Some(Cause::Unavailable(OutageKind::Refused)),
-            said => said,
+            cause => cause,
         },
         _ => kubelet_message::classify(&waiting.message),
     }
@@ -115,20 +115,20 @@ pub fn is_pulling(message: &str, image: &str) -> bool {
 /// containerd adds `ns=REGISTRY` to every request to another host than the reference's own.
 pub fn names_another_host(message: &str, registry: &str) -> bool {
     // The host name of Docker Hub's registry differs from the registry in the names of its images.
-    let own = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    let own_host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
     let after_scheme = message.split("://").skip(1);
     let mut manifests =
         after_scheme.filter_map(|rest| rest.split(['"', ' ']).next()).filter(|url| url.contains("/v2/"));
-    manifests.any(|url| url.contains("?ns=") || url.split('/').next().is_some_and(|host| host != own))
+    manifests.any(|url| url.contains("?ns=") || url.split('/').next().is_some_and(|host| host != own_host))
 }
 
 /// The image that the kubelet needs for a sandbox and cannot pull, with the cause. The pod shows
 /// only an Event of reason `FailedCreatePodSandbox`. containerd up to 2.2 writes `failed to get
 /// sandbox image "IMAGE"` before the failed pull, containerd from 2.3 on only the failed pull.
 pub fn missing_sandbox_image(message: &str) -> Option<(Reference, Cause)> {
-    let said = message.strip_prefix("Failed to create pod sandbox")?;
+    let text = message.strip_prefix("Failed to create pod sandbox")?;
     let frames = ["failed to get sandbox image \"", "failed to pull image \""];
-    let (_, rest) = frames.iter().find_map(|frame| said.split_once(frame))?;
+    let (_, rest) = frames.iter().find_map(|frame| text.split_once(frame))?;
     let (image, rest) = rest.split_once('"')?;
     Some((image.parse().ok()?, kubelet_message::classify(rest)?))
 }

@@ -55,8 +55,8 @@ impl ClockSample {
             return None;
         }
         let seconds = |time: Duration| time.as_secs_f64() - self.date.as_secs_f64();
-        let (least, most) = (seconds(self.sent) - 1.0, seconds(self.received));
-        Some(if least > 0.0 { least } else { most.min(0.0) })
+        let (lower, upper) = (seconds(self.sent) - 1.0, seconds(self.received));
+        Some(if lower > 0.0 { lower } else { upper.min(0.0) })
     }
 }
 

@@ -36,12 +36,12 @@ impl ContainerRecords {
     /// reason.
     pub fn record_cause(&mut self, pod: &PodRef, container: &str, image: &str, cause: Option<Cause>) -> Option<Cause> {
         let entry = self.record_mut(pod, container, image);
-        let says_nothing_of_the_registry = matches!(
+        let is_unrelated_to_registry = matches!(
             cause,
             Some(Cause::KubeletLimit | Cause::Local | Cause::NotUnderstood | Cause::KnownOutage | Cause::Stalled)
         );
         let keeps = match entry.cause {
-            Some(Cause::Denied) => says_nothing_of_the_registry,
+            Some(Cause::Denied) => is_unrelated_to_registry,
             Some(_) => cause == Some(Cause::KubeletLimit),
             None => false,
         };
@@ -95,35 +95,35 @@ mod tests {
 
     #[test]
     fn a_failure_is_reported_once_until_its_container_is_removed() {
-        let mut ledger = ContainerRecords::default();
-        assert!(ledger.mark_reported(&pod("1"), "c", "a:1", "recover"));
-        assert!(!ledger.mark_reported(&pod("1"), "c", "a:1", "recover"));
-        assert!(ledger.mark_reported(&pod("1"), "d", "a:1", "recover"), "another container of the pod");
-        assert!(ledger.mark_reported(&pod("1"), "c", "a:2", "recover"), "another image of the container");
-        assert!(ledger.mark_reported(&pod("2"), "c", "a:1", "recover"), "another pod of the same name");
-        ledger.remove_container(&pod("1"), "c");
-        assert!(ledger.mark_reported(&pod("1"), "c", "a:1", "recover"), "the container ran in between");
-        ledger.remove_pod(&pod("2"));
-        assert!(ledger.mark_reported(&pod("2"), "c", "a:1", "recover"));
+        let mut records = ContainerRecords::default();
+        assert!(records.mark_reported(&pod("1"), "c", "a:1", "recover"));
+        assert!(!records.mark_reported(&pod("1"), "c", "a:1", "recover"));
+        assert!(records.mark_reported(&pod("1"), "d", "a:1", "recover"), "another container of the pod");
+        assert!(records.mark_reported(&pod("1"), "c", "a:2", "recover"), "another image of the container");
+        assert!(records.mark_reported(&pod("2"), "c", "a:1", "recover"), "another pod of the same name");
+        records.remove_container(&pod("1"), "c");
+        assert!(records.mark_reported(&pod("1"), "c", "a:1", "recover"), "the container ran in between");
+        records.remove_pod(&pod("2"));
+        assert!(records.mark_reported(&pod("2"), "c", "a:1", "recover"));
     }
 
     #[test]
     fn a_denial_lasts_until_a_later_pull_fails_for_another_registry_fault() {
-        let mut ledger = ContainerRecords::default();
-        let mut learn = |cause| ledger.record_cause(&pod("1"), "c", "a:1", cause);
-        assert_eq!(learn(None), None);
-        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
-        assert_eq!(learn(None), Some(Cause::NotFound), "a message without a cause keeps the cause");
-        assert_eq!(learn(Some(Cause::Denied)), Some(Cause::Denied));
+        let mut records = ContainerRecords::default();
+        let mut record = |cause| records.record_cause(&pod("1"), "c", "a:1", cause);
+        assert_eq!(record(None), None);
+        assert_eq!(record(Some(Cause::NotFound)), Some(Cause::NotFound));
+        assert_eq!(record(None), Some(Cause::NotFound), "a message without a cause keeps the cause");
+        assert_eq!(record(Some(Cause::Denied)), Some(Cause::Denied));
         for cause in [None, Some(Cause::KubeletLimit), Some(Cause::Local), Some(Cause::NotUnderstood)] {
-            assert_eq!(learn(cause), Some(Cause::Denied), "{cause:?} says nothing of the registry");
+            assert_eq!(record(cause), Some(Cause::Denied), "{cause:?} says nothing of the registry");
         }
-        assert_eq!(learn(Some(Cause::NotFound)), Some(Cause::NotFound));
+        assert_eq!(record(Some(Cause::NotFound)), Some(Cause::NotFound));
         assert_eq!(
-            learn(Some(Cause::KubeletLimit)),
+            record(Some(Cause::KubeletLimit)),
             Some(Cause::NotFound),
             "the kubelet's limit changes nothing at the registry"
         );
-        assert_eq!(learn(Some(Cause::Local)), Some(Cause::Local));
+        assert_eq!(record(Some(Cause::Local)), Some(Cause::Local));
     }
 }

@@ -135,7 +135,7 @@ impl fmt::Display for Volume {
 ///
 /// # Errors
 /// [`OverLimit::Disk`] with the figures of the file system without enough room.
-pub fn check(need: DiskNeed, reserved: DiskNeed, disks: Disks, lines: DiskFloors) -> Result<(), OverLimit> {
+pub fn check(need: DiskNeed, reserved: DiskNeed, disks: Disks, floors: DiskFloors) -> Result<(), OverLimit> {
     if need.is_zero() {
         return Ok(());
     }
@@ -149,15 +149,15 @@ pub fn check(need: DiskNeed, reserved: DiskNeed, disks: Disks, lines: DiskFloors
     };
     let (floor_of, volume) =
         (DiskFloors::download_floor, if snapshots.is_none() { Volume::Both } else { Volume::Content });
-    fits(volume, content, need.download, reserved.download, floor_of(&lines, content.total))?;
+    fits(volume, content, need.download, reserved.download, floor_of(&floors, content.total))?;
     match snapshots {
         Some(snapshots) => {
-            let floor = lines.unpack_floor(snapshots.total);
+            let floor = floors.unpack_floor(snapshots.total);
             fits(Volume::Snapshots, snapshots, need.unpack, reserved.unpack, floor)
         }
         None => {
             let sum = |need: DiskNeed| need.download.saturating_add(need.unpack);
-            fits(Volume::Both, content, sum(need), sum(reserved), lines.unpack_floor(content.total))
+            fits(Volume::Both, content, sum(need), sum(reserved), floors.unpack_floor(content.total))
         }
     }
 }

@@ -22,12 +22,12 @@ struct DiskAccount {
     /// Written or returned since the start. Wraps after 16 EiB, and only differences are used.
     released: DiskNeed,
     /// Recoveries that were refused since the last time that room was found.
-    refusals: Vec<DiskNeed>,
+    rejected: Vec<DiskNeed>,
 }
 
 /// Refusals that are remembered: more than a node recovers images at a time. A recovery beyond the
 /// bound waits for its back-off.
-const MAX_REFUSALS: usize = 16;
+const MAX_REJECTED: usize = 16;
 
 /// The account before the call of `statvfs`. Bytes written between the two may be missing from the
 /// result.
@@ -59,28 +59,28 @@ impl Reservations {
         need: DiskNeed,
         before: MeasurementStart,
         disks: Disks,
-        lines: DiskFloors,
+        floors: DiskFloors,
     ) -> Result<Reservation, OverLimit> {
-        let mut ledger = lock(&self.0);
-        ledger.admit(need, before, disks, lines)?;
-        let left = ledger.add(need);
-        drop(ledger);
+        let mut account = lock(&self.0);
+        account.admit(need, before, disks, floors)?;
+        let left = account.add(need);
+        drop(account);
         Ok(Reservation { shared: self.clone(), outstanding: Mutex::new(left) })
     }
 
     /// Whether a recovery was refused and no room was found since.
-    pub fn has_refused(&self) -> bool {
-        !lock(&self.0).refusals.is_empty()
+    pub fn has_rejected(&self) -> bool {
+        !lock(&self.0).rejected.is_empty()
     }
 
     /// Whether one of the refused recoveries would fit now. The refusals are then dropped, because
     /// all of these recoveries are retried.
-    pub fn clear_refusals_if_freed(&self, before: MeasurementStart, disks: Disks, lines: DiskFloors) -> bool {
-        let mut ledger = lock(&self.0);
-        let reserved = ledger.reserved(before);
-        let is_freed = ledger.refusals.iter().any(|need| check(*need, reserved, disks, lines).is_ok());
+    pub fn clear_rejected_if_freed(&self, before: MeasurementStart, disks: Disks, floors: DiskFloors) -> bool {
+        let mut account = lock(&self.0);
+        let reserved = account.reserved(before);
+        let is_freed = account.rejected.iter().any(|need| check(*need, reserved, disks, floors).is_ok());
         if is_freed {
-            ledger.refusals.clear();
+            account.rejected.clear();
         }
         is_freed
     }
@@ -101,11 +101,11 @@ impl DiskAccount {
     /// write.
     fn reserved(&self, before: MeasurementStart) -> DiskNeed {
         let since = |now: u64, then: u64| now.wrapping_sub(then);
-        let given_back = DiskNeed {
+        let released = DiskNeed {
             download: since(self.released.download, before.0.download),
             unpack: since(self.released.unpack, before.0.unpack),
         };
-        self.outstanding.plus(given_back)
+        self.outstanding.plus(released)
     }
 
     fn admit(
@@ -113,11 +113,11 @@ impl DiskAccount {
         need: DiskNeed,
         before: MeasurementStart,
         disks: Disks,
-        lines: DiskFloors,
+        floors: DiskFloors,
     ) -> Result<(), OverLimit> {
-        let checked = check(need, self.reserved(before), disks, lines);
-        if checked.is_err() && self.refusals.len() < MAX_REFUSALS && !self.refusals.contains(&need) {
-            self.refusals.push(need);
+        let checked = check(need, self.reserved(before), disks, floors);
+        if checked.is_err() && self.rejected.len() < MAX_REJECTED && !self.rejected.contains(&need) {
+            self.rejected.push(need);
         }
         checked
     }
@@ -136,9 +136,9 @@ impl DiskAccount {
     /// Takes at most `need` out of `left` and out of `outstanding`.
     fn take(&mut self, left: &mut DiskNeed, need: DiskNeed) -> DiskNeed {
         let taken = DiskNeed { download: need.download.min(left.download), unpack: need.unpack.min(left.unpack) };
-        for of in [&mut *left, &mut self.outstanding] {
-            of.download -= taken.download;
-            of.unpack -= taken.unpack;
+        for total in [&mut *left, &mut self.outstanding] {
+            total.download -= taken.download;
+            total.unpack -= taken.unpack;
         }
         taken
     }
@@ -168,23 +168,23 @@ impl Reservation {
         real: u64,
         before: MeasurementStart,
         disks: Disks,
-        lines: DiskFloors,
+        floors: DiskFloors,
     ) -> Result<(), OverLimit> {
-        let mut ledger = lock(&self.shared.0);
+        let mut account = lock(&self.shared.0);
         let mut left = lock(&self.outstanding);
-        let estimate = ledger.take(&mut left, DiskNeed { download: 0, unpack: compressed });
+        let estimate = account.take(&mut left, DiskNeed { download: 0, unpack: compressed });
         let real = DiskNeed { download: 0, unpack: real };
-        let admitted = ledger.admit(real, before, disks, lines);
-        *left = left.plus(ledger.add(if admitted.is_ok() { real } else { estimate }));
+        let admitted = account.admit(real, before, disks, floors);
+        *left = left.plus(account.add(if admitted.is_ok() { real } else { estimate }));
         admitted
     }
 
     fn release(&self, need: DiskNeed) {
-        let mut ledger = lock(&self.shared.0);
+        let mut account = lock(&self.shared.0);
         let mut left = lock(&self.outstanding);
-        let taken = ledger.take(&mut left, need);
-        ledger.released.download = ledger.released.download.wrapping_add(taken.download);
-        ledger.released.unpack = ledger.released.unpack.wrapping_add(taken.unpack);
+        let taken = account.take(&mut left, need);
+        account.released.download = account.released.download.wrapping_add(taken.download);
+        account.released.unpack = account.released.unpack.wrapping_add(taken.unpack);
     }
 }
 

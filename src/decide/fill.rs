@@ -30,17 +30,17 @@ mod tests;
 pub const RATE: u64 = 8 << 20;
 
 /// Mean time between two fetches of the same image from its registry, in the whole cluster.
-const SAME_IMAGE: Duration = Duration::from_secs(5);
+const SAME_IMAGE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Mean time between two fetches of any images from registries, in the whole cluster.
-const ANY_IMAGE: Duration = Duration::from_secs(1);
+const ANY_IMAGE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Mean pause of a node between two images from peers, for each member. Peers share the load of
 /// their copies, so the pause has a bound.
-const PEERS: Duration = Duration::from_secs(1);
+const PEER_PAUSE: Duration = Duration::from_secs(1);
 
 /// The longest of these means.
-const MAX_PEERS: Duration = Duration::from_secs(60);
+const MAX_PEER_PAUSE: Duration = Duration::from_secs(60);
 
 /// Delay of the first fetch from a registry after the start: the pauses need the members and their
 /// inventories, which arrive within seconds after an agent joins.
@@ -52,7 +52,7 @@ const PEER_RETRY_DELAY: Duration = Duration::from_secs(30 * 60);
 /// Pause of an image after its registry denied the image or did not have the image. A new pull
 /// secret of a pod ends the pause. A changed right at the registry is found twice a day, at the
 /// cost of one request for each such image and node.
-const REFUSAL_RETRY_DELAY: Duration = Duration::from_secs(12 * 3600);
+const REJECTION_RETRY_DELAY: Duration = Duration::from_secs(12 * 3600);
 
 /// Pause of an image after its registry sent wrong bytes, which a cache in between may have. Also
 /// after a denial while a secret could not be read, which the API server may permit later.
@@ -106,7 +106,7 @@ pub struct FillScheduler {
     /// Images whose peers or whose write on this node failed, or whose layers a recovery fetches.
     postponed: HashMap<Digest, Postponement>,
     /// Images that their registry denied, does not have, or sent with wrong bytes.
-    refused: HashMap<Digest, RegistryRefusal>,
+    rejected: HashMap<Digest, RegistryRejection>,
     registries: HashMap<String, RegistryBackOff>,
 }
 
@@ -127,7 +127,7 @@ struct Postponement {
 }
 
 #[derive(Debug)]
-struct RegistryRefusal {
+struct RegistryRejection {
     reason: UnfilledReason,
     /// The secrets that pods named then.
     secrets: BTreeSet<SecretName>,
@@ -156,7 +156,7 @@ impl FillScheduler {
             peer_pause: RandomPause { since: now, share: random },
             plan: None,
             postponed: HashMap::new(),
-            refused: HashMap::new(),
+            rejected: HashMap::new(),
             registries: HashMap::new(),
         }
     }
@@ -179,9 +179,9 @@ impl FillScheduler {
         if self.in_flight.is_some() || self.from == FetchFrom::None {
             return None;
         }
-        let held: Vec<_> = images.iter().filter(|image| self.can_come_from_peers(image)).collect();
-        let mean = times(PEERS, members).min(MAX_PEERS);
-        let (source, manifest) = match pick(&held, random()) {
+        let from_peers: Vec<_> = images.iter().filter(|image| self.can_come_from_peers(image)).collect();
+        let mean = times(PEER_PAUSE, members).min(MAX_PEER_PAUSE);
+        let (source, manifest) = match pick(&from_peers, random()) {
             Some(image) if self.peer_pause.is_over(mean, now) => (FillSource::Peers, image.manifest),
             _ => (FillSource::Registry, self.take_planned(images, members, now, random)?),
         };
@@ -198,15 +198,15 @@ impl FillScheduler {
         now: Instant,
         mut random: impl FnMut() -> f64,
     ) -> Option<Digest> {
-        let able: Vec<_> = images.iter().filter(|image| self.can_come_from_registry(image, now)).collect();
-        let plan = self.plan.filter(|(manifest, _)| able.iter().any(|image| image.manifest == *manifest));
+        let from_registry: Vec<_> = images.iter().filter(|image| self.can_come_from_registry(image, now)).collect();
+        let plan = self.plan.filter(|(manifest, _)| from_registry.iter().any(|image| image.manifest == *manifest));
         let (manifest, pause) = match plan {
             Some(plan) => plan,
-            None => (pick(&able, random())?.manifest, RandomPause { since: now, share: random() }),
+            None => (pick(&from_registry, random())?.manifest, RandomPause { since: now, share: random() }),
         };
         self.plan = Some((manifest, pause));
-        let nodes = able.iter().find(|image| image.manifest == manifest)?.nodes;
-        let mean = times(SAME_IMAGE, nodes).max(times(ANY_IMAGE, members));
+        let nodes = from_registry.iter().find(|image| image.manifest == manifest)?.nodes;
+        let mean = times(SAME_IMAGE_INTERVAL, nodes).max(times(ANY_IMAGE_INTERVAL, members));
         let is_settled = now.saturating_duration_since(self.started) >= START_DELAY;
         if !is_settled || !pause.is_over(mean, now) {
             return None;
@@ -238,18 +238,18 @@ impl FillScheduler {
                 );
             }
             Err(FillFailure::Denied { unread: true }) => {
-                self.record_refusal(image, UnfilledReason::UnreadableSecret, now + WRONG_BYTES_RETRY_DELAY)
+                self.record_rejection(image, UnfilledReason::UnreadableSecret, now + WRONG_BYTES_RETRY_DELAY)
             }
             Err(FillFailure::Denied { unread: false }) => {
-                self.record_refusal(image, UnfilledReason::KubeletCredentials, now + REFUSAL_RETRY_DELAY)
+                self.record_rejection(image, UnfilledReason::KubeletCredentials, now + REJECTION_RETRY_DELAY)
             }
-            Err(FillFailure::Gone) => self.record_refusal(image, UnfilledReason::Gone, now + REFUSAL_RETRY_DELAY),
+            Err(FillFailure::Gone) => self.record_rejection(image, UnfilledReason::Gone, now + REJECTION_RETRY_DELAY),
             Err(FillFailure::WrongBytes) => {
-                self.record_refusal(image, UnfilledReason::Pending, now + WRONG_BYTES_RETRY_DELAY)
+                self.record_rejection(image, UnfilledReason::Pending, now + WRONG_BYTES_RETRY_DELAY)
             }
             Err(FillFailure::Down) => self.record_registry_failure(&image.registry, Duration::ZERO, now),
-            Err(FillFailure::RateLimited(wish)) => {
-                self.record_registry_failure(&image.registry, wish.unwrap_or_default(), now)
+            Err(FillFailure::RateLimited(retry_after)) => {
+                self.record_registry_failure(&image.registry, retry_after.unwrap_or_default(), now)
             }
         }
     }
@@ -265,8 +265,8 @@ impl FillScheduler {
         if !image.fits {
             return UnfilledReason::NoRoom;
         }
-        match self.registry_refusal(image) {
-            Some(refused) if !self.can_come_from_peers(image) => refused.reason,
+        match self.registry_rejection(image) {
+            Some(rejection) if !self.can_come_from_peers(image) => rejection.reason,
             _ => UnfilledReason::Pending,
         }
     }
@@ -281,31 +281,31 @@ impl FillScheduler {
             && image.is_healthy
             && self.postponed.get(&image.manifest).is_none_or(|postponed| postponed.peers_only)
             && !self.can_come_from_peers(image)
-            && self.registry_refusal(image).is_none()
+            && self.registry_rejection(image).is_none()
             && self.registries.get(&image.registry).is_none_or(|registry| registry.until <= now)
     }
 
     /// Why the registry gets no request for the image. A secret that no pod named at the refusal
     /// may permit the image.
-    fn registry_refusal(&self, image: &IncompleteImage) -> Option<&RegistryRefusal> {
-        self.refused.get(&image.manifest).filter(|refused| image.secrets.is_subset(&refused.secrets))
+    fn registry_rejection(&self, image: &IncompleteImage) -> Option<&RegistryRejection> {
+        self.rejected.get(&image.manifest).filter(|rejection| image.secrets.is_subset(&rejection.secrets))
     }
 
-    fn record_refusal(&mut self, image: &IncompleteImage, reason: UnfilledReason, until: Instant) {
+    fn record_rejection(&mut self, image: &IncompleteImage, reason: UnfilledReason, until: Instant) {
         insert_bounded(
-            &mut self.refused,
+            &mut self.rejected,
             image.manifest,
-            RegistryRefusal { reason, secrets: image.secrets.clone(), until },
+            RegistryRejection { reason, secrets: image.secrets.clone(), until },
         );
     }
 
     /// Starts the registry's back-off, for all of its images. `wish` is the pause that the registry
     /// requested.
-    fn record_registry_failure(&mut self, registry: &str, wish: Duration, now: Instant) {
+    fn record_registry_failure(&mut self, registry: &str, retry_after: Duration, now: Instant) {
         let failures = self.registries.get(registry).map_or(0, |before| before.failures);
         // Five doublings reach the longest pause.
         let pause = MIN_BACK_OFF.saturating_mul(1 << failures.min(5)).min(MAX_BACK_OFF);
-        let until = now + pause.max(wish.min(MAX_RETRY_AFTER));
+        let until = now + pause.max(retry_after.min(MAX_RETRY_AFTER));
         insert_bounded(
             &mut self.registries,
             registry.to_owned(),
@@ -316,7 +316,7 @@ impl FillScheduler {
     /// A registry's failures count until the registry had a pause of the longest length.
     fn drop_expired(&mut self, now: Instant) {
         self.postponed.retain(|_, postponed| postponed.until > now);
-        self.refused.retain(|_, refused| refused.until > now);
+        self.rejected.retain(|_, rejection| rejection.until > now);
         self.registries.retain(|_, registry| registry.until + MAX_RETRY_AFTER > now);
     }
 }

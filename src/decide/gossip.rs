@@ -82,7 +82,7 @@ pub trait CredentialVerifier {
     /// Signs with this agent's key.
     fn sign(&self, message: &[u8]) -> Signature;
     /// Whether the key's owner signed the message.
-    fn is_signed(&self, by: PeerId, message: &[u8], signature: &Signature) -> bool;
+    fn is_signed(&self, signer: PeerId, message: &[u8], signature: &Signature) -> bool;
     /// Verifies that the credential admits the key.
     ///
     /// # Errors
@@ -103,7 +103,7 @@ pub struct VerifiedCredential {
     /// UID of the pod that the credential is bound to, if any.
     pub pod: Option<String>,
     /// Remaining validity.
-    pub life: Duration,
+    pub lifetime: Duration,
 }
 
 /// Why a credential does not admit a key.
@@ -207,7 +207,7 @@ pub struct Protocol<N> {
     refute_at: Option<Instant>,
     log: LocalLog,
     recent: RecentEntries,
-    roster: MembershipTable,
+    membership: MembershipTable,
     outputs: VecDeque<Output>,
     rng: SmallRng,
     ticks: u32,
@@ -234,14 +234,14 @@ pub struct Protocol<N> {
 
 impl<N: CredentialVerifier> Protocol<N> {
     /// An agent without members and without items. `seed` is random.
-    pub fn new(own: LocalAgent, notary: N, seed: u64, now: Instant) -> Self {
-        let log = LocalLog::new(own.peer, own.epoch);
+    pub fn new(local: LocalAgent, verifier: N, seed: u64, now: Instant) -> Self {
+        let log = LocalLog::new(local.peer, local.epoch);
         let mut rng = SmallRng::seed_from_u64(seed);
         let spread = COMPARE_INTERVAL.mul_f64(rng.random());
         let salt = rng.random();
         Self {
-            verifier: notary,
-            local: own,
+            verifier,
+            local,
             presence: None,
             introduction: None,
             introduce_at: None,
@@ -249,7 +249,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             refute_at: None,
             log,
             recent: RecentEntries::default(),
-            roster: MembershipTable::new(),
+            membership: MembershipTable::new(),
             outputs: VecDeque::new(),
             ticks: rng.random_range(0..TICKS_PER_BATCH),
             rng,
@@ -275,9 +275,9 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     /// Advances all timers. The driver calls this function every [`TICK`].
-    pub fn tick(&mut self, table: &mut Inventory, now: Instant) {
+    pub fn tick(&mut self, inventory: &mut Inventory, now: Instant) {
         self.ticks = self.ticks.wrapping_add(1);
-        self.check_neighbors(table, now);
+        self.check_neighbors(inventory, now);
         self.refute_if_due(now);
         if self.ticks.is_multiple_of(TICKS_PER_BATCH) {
             // Entries stay back while an introduction is due, and follow one batch later. An entry
@@ -285,7 +285,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             // separately.
             self.publish_changes();
             self.publish_introduction_if_due(now);
-            self.expire_members(table, now);
+            self.expire_members(inventory, now);
             self.maintain_neighbors(now);
         }
         self.compare_if_due(now);
@@ -303,10 +303,10 @@ impl<N: CredentialVerifier> Protocol<N> {
         &mut self,
         from: PeerId,
         message: Gossip,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
-        let verdict = self.dispatch_gossip(from, message, table, now);
+        let verdict = self.dispatch_gossip(from, message, inventory, now);
         self.finish_gossip(from, verdict, now)
     }
 
@@ -316,10 +316,10 @@ impl<N: CredentialVerifier> Protocol<N> {
         &mut self,
         from: PeerId,
         message: Gossip,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
-        let verdict = match self.dispatch_gossip(from, message, table, now) {
+        let verdict = match self.dispatch_gossip(from, message, inventory, now) {
             GossipVerdict::Reject("malformed") => GossipVerdict::Ignore("later_release"),
             verdict => verdict,
         };
@@ -335,23 +335,29 @@ impl<N: CredentialVerifier> Protocol<N> {
         verdict
     }
 
-    fn dispatch_gossip(&mut self, from: PeerId, message: Gossip, table: &mut Inventory, now: Instant) -> GossipVerdict {
+    fn dispatch_gossip(
+        &mut self,
+        from: PeerId,
+        message: Gossip,
+        inventory: &mut Inventory,
+        now: Instant,
+    ) -> GossipVerdict {
         match message {
-            Gossip::Entry(entry) => self.receive_entry(from, entry, table, now),
-            Gossip::Introduction(introduction) => self.receive_introduction(introduction, table, now),
-            Gossip::Suspicion(suspicion) => self.receive_suspicion(suspicion, table, now),
-            Gossip::Refutation(refutation) => self.receive_refutation(refutation, table, now),
-            Gossip::Leave(farewell) => self.receive_leave(farewell, table, now),
+            Gossip::Entry(entry) => self.receive_entry(from, entry, inventory, now),
+            Gossip::Introduction(introduction) => self.receive_introduction(introduction, inventory, now),
+            Gossip::Suspicion(suspicion) => self.receive_suspicion(suspicion, inventory, now),
+            Gossip::Refutation(refutation) => self.receive_refutation(refutation, inventory, now),
+            Gossip::Leave(notice) => self.receive_leave(notice, inventory, now),
         }
     }
 
     /// Publishes the last changes and the notice that this agent leaves.
     pub fn leave(&mut self) {
         self.publish_changes();
-        let mut farewell =
+        let mut notice =
             crate::model::LeaveNotice { peer: self.local.peer, epoch: self.log.epoch(), signature: [0; 64].into() };
-        farewell.signature = self.verifier.sign(&farewell.signed_bytes());
-        self.push_output(Output::Publish(Gossip::Leave(farewell)));
+        notice.signature = self.verifier.sign(&notice.signed_bytes());
+        self.push_output(Output::Publish(Gossip::Leave(notice)));
     }
 
     fn publish_changes(&mut self) {
@@ -369,7 +375,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     fn member(&self, peer: PeerId) -> Option<&Member> {
-        self.roster.get(peer)
+        self.membership.get(peer)
     }
 
     fn jitter(&mut self) -> f64 {
@@ -377,7 +383,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     /// This agent's own summary; `None` before the first introduction.
-    fn own_mark(&self) -> Option<MemberSummary> {
+    fn own_summary(&self) -> Option<MemberSummary> {
         let profile = &self.introduction.as_ref()?.profile;
         Some(MemberSummary {
             peer: self.local.peer,

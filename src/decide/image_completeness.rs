@@ -131,36 +131,38 @@ impl DocumentNeeds {
 /// is a set of digests, so the known documents times the depth bound the work, even where an index
 /// names another one many times.
 pub fn missing_content<'a>(
-    root: Digest,
+    image: Digest,
     needs: impl Fn(Digest) -> Option<&'a DocumentNeeds>,
-    is_there: impl Fn(Digest) -> bool,
+    is_present: impl Fn(Digest) -> bool,
 ) -> Option<MissingContent> {
-    if needs(root).is_none() {
+    if needs(image).is_none() {
         return Some(MissingContent::Root);
     }
-    let mut lacks = Vec::new();
-    let mut level = BTreeSet::from([root]);
+    let mut missing_of = Vec::new();
+    let mut level = BTreeSet::from([image]);
     for depth in 0..=MAX_INDEX_DEPTH {
         let mut nested = BTreeSet::new();
         for needs in level.iter().filter_map(|document| needs(*document)) {
             match needs {
-                DocumentNeeds::AnyManifest(_) if depth == MAX_INDEX_DEPTH => lacks.push(Some(MissingContent::NoImage)),
+                DocumentNeeds::AnyManifest(_) if depth == MAX_INDEX_DEPTH => {
+                    missing_of.push(Some(MissingContent::NoImage))
+                }
                 DocumentNeeds::AnyManifest(children) => nested.extend(children.iter().copied()),
-                DocumentNeeds::NoImage => lacks.push(Some(MissingContent::NoImage)),
-                DocumentNeeds::Blobs { config, layers } => lacks.push(missing_blobs(*config, layers, &is_there)),
+                DocumentNeeds::NoImage => missing_of.push(Some(MissingContent::NoImage)),
+                DocumentNeeds::Blobs { config, layers } => missing_of.push(missing_blobs(*config, layers, &is_present)),
             }
         }
         level = nested;
     }
     // `None` sorts first, then the least missing part.
-    lacks.into_iter().min().unwrap_or(Some(MissingContent::Manifest))
+    missing_of.into_iter().min().unwrap_or(Some(MissingContent::Manifest))
 }
 
-fn missing_blobs(config: Digest, layers: &[Digest], is_there: impl Fn(Digest) -> bool) -> Option<MissingContent> {
-    if !is_there(config) {
+fn missing_blobs(config: Digest, layers: &[Digest], is_present: impl Fn(Digest) -> bool) -> Option<MissingContent> {
+    if !is_present(config) {
         return Some(MissingContent::Config);
     }
-    let missing = layers.iter().filter(|layer| !is_there(**layer)).count();
+    let missing = layers.iter().filter(|layer| !is_present(**layer)).count();
     (missing > 0).then_some(MissingContent::Layers { missing, of: layers.len(), config })
 }
 
@@ -198,11 +200,11 @@ mod tests {
     }
 
     /// The missing part of "root" for these documents and blobs.
-    fn lacks(documents: &[(&str, Value)], blobs: &[&str]) -> Option<MissingContent> {
+    fn missing_of(documents: &[(&str, Value)], blobs: &[&str]) -> Option<MissingContent> {
         let parse = |json: &Value| DocumentNeeds::of(&Document::parse(json.to_string().as_bytes()).unwrap());
         let known: HashMap<_, _> = documents.iter().map(|(name, json)| (digest(name), parse(json))).collect();
-        let there: HashSet<_> = blobs.iter().map(|name| digest(name)).chain(known.keys().copied()).collect();
-        missing_content(digest("root"), |document| known.get(&document), |blob| there.contains(&blob))
+        let present: HashSet<_> = blobs.iter().map(|name| digest(name)).chain(known.keys().copied()).collect();
+        missing_content(digest("root"), |document| known.get(&document), |blob| present.contains(&blob))
     }
 
     fn layers(missing: usize, of: usize) -> MissingContent {
@@ -230,7 +232,8 @@ mod tests {
 
     #[test]
     fn a_manifest_is_complete_with_its_config_and_every_distributable_layer() {
-        let of = |layers: &[(&str, &str)], blobs: &[&str]| lacks(&[("root", manifest(CONFIG, layers))], blobs);
+        let of_manifest =
+            |layers: &[(&str, &str)], blobs: &[&str]| missing_of(&[("root", manifest(CONFIG, layers))], blobs);
         let (a, b) = (("a", LAYER), ("b", LAYER));
         for (what, layers, blobs, expected) in [
             ("everything", &[a, b][..], &["config", "a", "b"][..], None),
@@ -242,29 +245,34 @@ mod tests {
             ("a foreign layer", &[("windows", FOREIGN), a], &["config", "a"], None),
             ("no layers at all", &[], &["config"], None),
         ] {
-            assert_eq!(of(layers, blobs), expected, "{what}");
+            assert_eq!(of_manifest(layers, blobs), expected, "{what}");
         }
     }
 
     #[test]
     fn an_index_is_complete_with_any_complete_manifest() {
         let (arm, amd) = (manifest(CONFIG, &[("a", LAYER)]), manifest(CONFIG, &[("b", LAYER)]));
-        let root = || ("root", index(&["amd", "arm"]));
+        let index_document = || ("root", index(&["amd", "arm"]));
         for (what, documents, blobs, expected) in [
-            ("one of two", vec![root(), ("arm", arm.clone())], &["config", "a"][..], None),
-            ("the other", vec![root(), ("amd", amd.clone())], &["config", "b"], None),
-            ("both, one whole", vec![root(), ("arm", arm.clone()), ("amd", amd.clone())], &["config", "b"], None),
-            ("the layers are gone", vec![root(), ("arm", arm)], &["config"], Some(layers(1, 1))),
-            ("no manifest", vec![root()], &["config", "a", "b"], Some(MissingContent::Manifest)),
+            ("one of two", vec![index_document(), ("arm", arm.clone())], &["config", "a"][..], None),
+            ("the other", vec![index_document(), ("amd", amd.clone())], &["config", "b"], None),
+            (
+                "both, one whole",
+                vec![index_document(), ("arm", arm.clone()), ("amd", amd.clone())],
+                &["config", "b"],
+                None,
+            ),
+            ("the layers are gone", vec![index_document(), ("arm", arm)], &["config"], Some(layers(1, 1))),
+            ("no manifest", vec![index_document()], &["config", "a", "b"], Some(MissingContent::Manifest)),
             (
                 "only the attestation",
-                vec![root(), ("attestation", amd)],
+                vec![index_document(), ("attestation", amd)],
                 &["config", "b"],
                 Some(MissingContent::Manifest),
             ),
             ("an empty index", vec![("root", index(&[]))], &[], Some(MissingContent::Manifest)),
         ] {
-            assert_eq!(lacks(&documents, blobs), expected, "{what}");
+            assert_eq!(missing_of(&documents, blobs), expected, "{what}");
         }
     }
 
@@ -272,15 +280,15 @@ mod tests {
     fn an_index_inside_an_index_is_followed_to_its_manifest() {
         let (arm, amd) = (manifest(CONFIG, &[("a", LAYER)]), manifest(CONFIG, &[("b", LAYER)]));
         let documents = || vec![("root", index(&["amds", "arms"])), ("amds", index(&["amd"])), ("amd", amd.clone())];
-        assert_eq!(lacks(&documents(), &["config", "b"]), None);
-        assert_eq!(lacks(&documents(), &["config"]), Some(layers(1, 1)));
+        assert_eq!(missing_of(&documents(), &["config", "b"]), None);
+        assert_eq!(missing_of(&documents(), &["config"]), Some(layers(1, 1)));
         assert_eq!(
-            lacks(&documents()[..2], &["config", "b"]),
+            missing_of(&documents()[..2], &["config", "b"]),
             Some(MissingContent::Manifest),
             "the manifest is missing"
         );
         let both = [documents(), vec![("arms", index(&["arm"])), ("arm", arm)]].concat();
-        assert_eq!(lacks(&both, &["config", "a"]), None, "the second index is complete");
+        assert_eq!(missing_of(&both, &["config", "a"]), None, "the second index is complete");
     }
 
     #[test]
@@ -289,7 +297,7 @@ mod tests {
         let chain = |indexes: usize| {
             let entries = (1..indexes).map(|depth| (names[depth - 1], index(&[names[depth]])));
             let last = [(names[indexes - 1], index(&["image"])), ("image", manifest(CONFIG, &[]))];
-            lacks(&entries.chain(last).collect::<Vec<_>>(), &["config"])
+            missing_of(&entries.chain(last).collect::<Vec<_>>(), &["config"])
         };
         assert_eq!(chain(MAX_INDEX_DEPTH), None);
         assert_eq!(chain(MAX_INDEX_DEPTH + 1), Some(MissingContent::NoImage));
@@ -300,10 +308,10 @@ mod tests {
     fn an_index_named_many_times_is_read_once_per_level() {
         let names: Vec<Vec<String>> =
             (0..5).map(|level| (0..30).map(|number| format!("{level}-{number}")).collect()).collect();
-        let of = |level: usize| index(&names[level].iter().map(String::as_str).collect::<Vec<_>>());
-        let mut documents = vec![("root", of(0))];
+        let index_of = |level: usize| index(&names[level].iter().map(String::as_str).collect::<Vec<_>>());
+        let mut documents = vec![("root", index_of(0))];
         for level in 1..5 {
-            documents.extend(names[level - 1].iter().map(|name| (name.as_str(), of(level))));
+            documents.extend(names[level - 1].iter().map(|name| (name.as_str(), index_of(level))));
         }
         let known: HashMap<_, _> = documents
             .iter()
@@ -311,20 +319,24 @@ mod tests {
                 (digest(name), DocumentNeeds::of(&Document::parse(json.to_string().as_bytes()).unwrap()))
             })
             .collect();
-        let looks = std::cell::Cell::new(0);
+        let reads = std::cell::Cell::new(0);
         let needs = |document| {
-            looks.set(looks.get() + 1);
+            reads.set(reads.get() + 1);
             known.get(&document)
         };
         assert_eq!(missing_content(digest("root"), needs, |_| true), Some(MissingContent::NoImage));
-        assert!(looks.get() < 200, "{} looks", looks.get());
+        assert!(reads.get() < 200, "{} reads", reads.get());
     }
 
     #[test]
     fn an_artifact_is_no_runnable_image() {
         let chart = manifest("application/vnd.cncf.helm.config.v1+json", &[("a", LAYER)]);
-        assert_eq!(lacks(&[("root", chart)], &["config", "a"]), Some(MissingContent::NoImage));
-        assert_eq!(lacks(&[], &["root", "config", "a"]), Some(MissingContent::Root), "the root document was not read");
+        assert_eq!(missing_of(&[("root", chart)], &["config", "a"]), Some(MissingContent::NoImage));
+        assert_eq!(
+            missing_of(&[], &["root", "config", "a"]),
+            Some(MissingContent::Root),
+            "the root document was not read"
+        );
     }
 
     proptest::proptest! {
@@ -336,13 +348,13 @@ mod tests {
         ) {
             let names: Vec<_> = (0..6).map(|n| n.to_string()).collect();
             let layers: Vec<_> = layers.iter().map(|&n| (names[usize::from(n)].as_str(), LAYER)).collect();
-            let whole = |there: &[&str]| lacks(&[("root", manifest(CONFIG, &layers))], there).is_none();
-            let mut there: Vec<_> = some.iter().map(|&n| names[usize::from(n)].as_str()).chain(["config"]).collect();
-            let before = whole(&there);
-            there.push(&names[usize::from(more)]);
-            proptest::prop_assert!(whole(&there) || !before);
-            let needed = layers.iter().all(|(name, _)| there.contains(name));
-            proptest::prop_assert_eq!(whole(&there), needed);
+            let whole = |present: &[&str]| missing_of(&[("root", manifest(CONFIG, &layers))], present).is_none();
+            let mut present: Vec<_> = some.iter().map(|&n| names[usize::from(n)].as_str()).chain(["config"]).collect();
+            let before = whole(&present);
+            present.push(&names[usize::from(more)]);
+            proptest::prop_assert!(whole(&present) || !before);
+            let needed = layers.iter().all(|(name, _)| present.contains(name));
+            proptest::prop_assert_eq!(whole(&present), needed);
         }
     }
 }

@@ -102,12 +102,12 @@ impl Inventory {
 
     /// The providers of a blob.
     pub fn blob_providers(&self, digest: Digest) -> Vec<PeerId> {
-        self.content.blob(digest).map(|holders| self.up_peers_of(holders)).unwrap_or_default()
+        self.content.blob(digest).map(|providers| self.up_peers_of(providers)).unwrap_or_default()
     }
 
     /// The number of a blob's providers.
     pub fn count_blob_providers(&self, digest: Digest) -> usize {
-        self.content.blob(digest).map_or(0, |holders| holders.within(self.peers.up()).count())
+        self.content.blob(digest).map_or(0, |providers| providers.within(self.peers.up()).count())
     }
 
     /// The partial providers of a blob: peers that download the blob and serve its pieces.
@@ -120,25 +120,25 @@ impl Inventory {
     ///
     /// A digest alone gives no permission: a request with an invented registry could fetch any
     /// image.
-    pub fn image_providers(&self, repository: &Repository, root: Digest) -> Vec<PeerId> {
-        let Some(holders) = self.content.blob(root) else { return Vec::new() };
-        let mut knowing = Bitmap::default();
-        for named in self.content.names_of(repository, root) {
-            knowing.extend(named.within(self.peers.up()));
+    pub fn image_providers(&self, repository: &Repository, image: Digest) -> Vec<PeerId> {
+        let Some(providers) = self.content.blob(image) else { return Vec::new() };
+        let mut with_record = Bitmap::default();
+        for recorded in self.content.records_of(repository, image) {
+            with_record.extend(recorded.within(self.peers.up()));
         }
-        self.peers.ids(holders.within(&knowing))
+        self.peers.ids(providers.within(&with_record))
     }
 
     /// The digests that a tag points at, with the peers that say so. More than one digest means
     /// that the peers disagree.
     pub fn tag(&self, repository: &Repository, tag: &str) -> BTreeMap<Digest, Vec<PeerId>> {
-        let held = self.content.tagged(repository, tag).filter_map(|(digest, named)| {
+        let digests = self.content.tagged(repository, tag).filter_map(|(digest, recorded)| {
             // A name counts only with the content that the name points at.
-            let holders = self.content.blob(digest)?;
-            let voices = named.within(self.peers.up()).filter(|number| holders.contains(*number));
-            Some((digest, self.peers.ids(voices)))
+            let providers = self.content.blob(digest)?;
+            let numbers = recorded.within(self.peers.up()).filter(|number| providers.contains(*number));
+            Some((digest, self.peers.ids(numbers)))
         });
-        held.filter(|(_, peers)| !peers.is_empty()).collect()
+        digests.filter(|(_, peers)| !peers.is_empty()).collect()
     }
 
     /// The outages of this registry that peers announce.
@@ -175,7 +175,7 @@ impl Inventory {
 
     /// The number of different blobs of all peers that are up. Walks the whole inventory.
     pub fn blobs(&self) -> usize {
-        self.content.blobs().filter(|holders| self.is_any_up(holders)).count()
+        self.content.blobs().filter(|providers| self.is_any_up(providers)).count()
     }
 
     /// All items of these peers, hidden ones included, in the order of [`InventoryItem`], with one
@@ -185,21 +185,21 @@ impl Inventory {
     /// Name each peer once. Peers beyond the first [`MAX_SHARED`] are left out.
     pub fn shared_items(&self, peers: &[PeerId]) -> Vec<(InventoryItem, Bits)> {
         let peers = &peers[..peers.len().min(MAX_SHARED)];
-        let mut asked = Bitmap::default();
+        let mut requested = Bitmap::default();
         // Positions by peer number. The positions of other peers are never read.
-        let mut places = Vec::new();
-        for (place, peer) in peers.iter().enumerate() {
+        let mut positions = Vec::new();
+        for (position, peer) in peers.iter().enumerate() {
             if let Some(number) = self.peers.number_of(*peer) {
-                asked.insert(number);
-                places.resize(places.len().max(number as usize + 1), 0);
-                places[number as usize] = place;
+                requested.insert(number);
+                positions.resize(positions.len().max(number as usize + 1), 0);
+                positions[number as usize] = position;
             }
         }
         self.content.select_items(|providers| {
-            let mut found = providers.within(&asked).peekable();
+            let mut found = providers.within(&requested).peekable();
             found.peek()?;
             let mut bits = Bits::none_of(peers.len());
-            found.for_each(|number| bits.set(places[number as usize]));
+            found.for_each(|number| bits.set(positions[number as usize]));
             Some(bits)
         })
     }

@@ -94,8 +94,8 @@ pub fn event_text(node: &NodeName, layers: LayerCounts, reasons: &BTreeMap<Strin
 mod tests {
     use super::*;
 
-    fn layers(lacking: usize, wanted: usize) -> LayerCounts {
-        LayerCounts { expected: wanted, lacking }
+    fn layers(lacking: usize, expected: usize) -> LayerCounts {
+        LayerCounts { expected, lacking }
     }
 
     /// The reports for these counts, one every 10 s.
@@ -120,13 +120,13 @@ mod tests {
     }
 
     #[test]
-    fn a_lack_of_a_moment_is_not_reported() {
+    fn a_brief_lack_is_not_reported() {
         let moments = [[layers(1, 1); 5].as_slice(), &[layers(0, 1)], &[layers(1, 1); 6]].concat();
         assert_eq!(notices(&mut LayerNotice::default(), Instant::now(), &moments), []);
     }
 
     #[test]
-    fn a_lack_that_comes_back_is_reported_again_after_an_hour() {
+    fn a_recurring_lack_is_reported_again_after_an_hour() {
         let (mut notice, start) = (LayerNotice::default(), Instant::now());
         let minutes = |count: usize, layers: LayerCounts| vec![layers; count * 6];
         let back_and_forth = [minutes(2, layers(1, 1)), minutes(2, layers(0, 1)), minutes(58, layers(1, 1))].concat();

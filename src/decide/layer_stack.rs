@@ -28,9 +28,9 @@ impl LayerStack {
 
     /// The lowest packed layer once its blob is here, because a snapshot is made on top of the
     /// layers below. `None` while the blob is missing.
-    pub fn next(&self, here: &HashSet<Digest>) -> Option<NextLayer<'_>> {
+    pub fn next(&self, present: &HashSet<Digest>) -> Option<NextLayer<'_>> {
         match self.layers.get(self.done) {
-            Some(layer) => here.contains(&layer.blob.digest).then_some(NextLayer::Unpack(layer)),
+            Some(layer) => present.contains(&layer.blob.digest).then_some(NextLayer::Unpack(layer)),
             None => Some(NextLayer::Complete(self.layers.last().map(|layer| layer.chain_id))),
         }
     }
@@ -93,7 +93,7 @@ mod tests {
         LayerStack::new(names.iter().map(layer).collect())
     }
 
-    fn here(names: &[&str]) -> HashSet<Digest> {
+    fn present(names: &[&str]) -> HashSet<Digest> {
         names.iter().map(|name| digest(name)).collect()
     }
 
@@ -103,20 +103,20 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_waits_for_those_beneath_it() {
+    fn a_layer_waits_for_the_layers_beneath() {
         let mut stack = stack(&["base", "middle", "top"]);
-        assert_eq!(stack.next(&here(&["middle", "top"])), None);
-        assert_eq!(layer(stack.next(&here(&["base", "top"]))), Some(digest("base")));
+        assert_eq!(stack.next(&present(&["middle", "top"])), None);
+        assert_eq!(layer(stack.next(&present(&["base", "top"]))), Some(digest("base")));
         assert_eq!(stack.position(), (1, 3));
         stack.mark_unpacked();
-        assert_eq!(stack.next(&here(&["base", "top"])), None);
+        assert_eq!(stack.next(&present(&["base", "top"])), None);
         assert_eq!(stack.position(), (2, 3));
     }
 
     #[test]
     fn a_complete_stack_yields_the_chain_id_of_its_top_layer() {
         let mut stack = stack(&["base", "top"]);
-        let all = here(&["base", "top"]);
+        let all = present(&["base", "top"]);
         stack.mark_unpacked();
         assert_eq!(layer(stack.next(&all)), Some(digest("top")));
         stack.mark_unpacked();
@@ -129,14 +129,14 @@ mod tests {
     }
 
     #[test]
-    fn an_image_without_layers_is_whole_at_once() {
-        assert_eq!(stack(&[]).next(&here(&[])), Some(NextLayer::Complete(None)));
+    fn an_image_without_layers_is_complete_at_once() {
+        assert_eq!(stack(&[]).next(&present(&[])), Some(NextLayer::Complete(None)));
     }
 
     #[test]
     fn the_same_blob_in_two_places_is_unpacked_twice() {
         let mut stack = stack(&["base", "base"]);
-        let all = here(&["base"]);
+        let all = present(&["base"]);
         stack.mark_unpacked();
         assert_eq!(layer(stack.next(&all)), Some(digest("base")));
     }

@@ -63,7 +63,7 @@ const PRIORITY: &str = "priority";
 const REPOSITORIES: &str = "repositories";
 
 /// Whether an annotation of this name, the part after the prefix, decides about recoveries.
-pub fn is_deciding(name: &str) -> bool {
+pub fn affects_opt_in(name: &str) -> bool {
     RECOVER.contains(&name) || [ALLOW, IGNORE, RECOVER_ON_DENIED, PRIORITY, REPOSITORIES].contains(&name)
 }
 
@@ -139,7 +139,7 @@ impl OptInPolicy {
         namespace_labels: &BTreeMap<String, String>,
         namespace: &Annotations,
         owners: Option<&[&Annotations]>,
-        odd: &mut Vec<InvalidAnnotation>,
+        invalid: &mut Vec<InvalidAnnotation>,
     ) -> OptIn {
         if let Some(reason) = self.opt_out_reason(pod) {
             return OptIn::No(reason);
@@ -147,29 +147,29 @@ impl OptInPolicy {
         if self.denies(&pod.pod.k8s_namespace, namespace_labels) {
             return OptIn::No(OptOutReason::DeniedNamespace);
         }
-        if self.value(namespace, &[ALLOW], odd) != Some(Some(true)) {
+        if self.value(namespace, &[ALLOW], invalid) != Some(Some(true)) {
             return OptIn::No(OptOutReason::NotOptedIn);
         }
-        let mut said = self.value(&pod.annotations, &RECOVER, odd);
-        if said.is_none() && pod.owner.is_some() {
+        let mut opted_in = self.value(&pod.annotations, &RECOVER, invalid);
+        if opted_in.is_none() && pod.owner.is_some() {
             let Some(owners) = owners else { return OptIn::NeedsOwners };
-            said = owners.iter().find_map(|annotations| self.value(annotations, &RECOVER, odd));
+            opted_in = owners.iter().find_map(|annotations| self.value(annotations, &RECOVER, invalid));
         }
-        if said != Some(Some(true)) {
+        if opted_in != Some(Some(true)) {
             return OptIn::No(OptOutReason::NotOptedIn);
         }
         let on_denied = self.recover_on.contains(&Trigger::Denied)
-            || self.value(namespace, &[RECOVER_ON_DENIED], odd) == Some(Some(true));
-        OptIn::Yes { on_denied, repositories: self.repositories(namespace, odd) }
+            || self.value(namespace, &[RECOVER_ON_DENIED], invalid) == Some(Some(true));
+        OptIn::Yes { on_denied, repositories: self.repositories(namespace, invalid) }
     }
 
     /// The namespace's list. An invalid list permits no repository.
-    fn repositories(&self, namespace: &Annotations, odd: &mut Vec<InvalidAnnotation>) -> RepositoryList {
+    fn repositories(&self, namespace: &Annotations, invalid: &mut Vec<InvalidAnnotation>) -> RepositoryList {
         match self.first_set(namespace, &[REPOSITORIES]) {
             None if self.require_repositories => RepositoryList::none(),
             None => RepositoryList::Any,
-            Some((key, value)) => RepositoryList::parse(value).unwrap_or_else(|bad| {
-                odd.push(InvalidAnnotation::new(key, &bad.part));
+            Some((key, value)) => RepositoryList::parse(value).unwrap_or_else(|error| {
+                invalid.push(InvalidAnnotation::new(key, &error.part));
                 RepositoryList::none()
             }),
         }
@@ -186,18 +186,19 @@ impl OptInPolicy {
     }
 
     /// The pod's priority: the annotation, or else the PriorityClass.
-    pub fn priority(&self, pod: &PodView, odd: &mut Vec<InvalidAnnotation>) -> i64 {
+    pub fn priority(&self, pod: &PodView, invalid: &mut Vec<InvalidAnnotation>) -> i64 {
         let Some((key, value)) = self.first_set(&pod.annotations, &[PRIORITY]) else { return pod.priority.into() };
         value.parse::<i32>().map(Into::into).unwrap_or_else(|_| {
-            odd.push(InvalidAnnotation::new(key, value));
+            invalid.push(InvalidAnnotation::new(key, value));
             pod.priority.into()
         })
     }
 
     fn denies(&self, name: &str, labels: &BTreeMap<String, String>) -> bool {
-        let chosen = |selector: &Option<Selector>| selector.as_ref().is_some_and(|selector| selector.matches(labels));
-        let denied = self.denied_k8s_namespaces.contains(name) || chosen(&self.denied_selector);
-        denied && !chosen(&self.allowed_selector)
+        let is_selected =
+            |selector: &Option<Selector>| selector.as_ref().is_some_and(|selector| selector.matches(labels));
+        let denied = self.denied_k8s_namespaces.contains(name) || is_selected(&self.denied_selector);
+        denied && !is_selected(&self.allowed_selector)
     }
 
     /// `None` without such an annotation, `Some(None)` for a value that is neither `true` nor
@@ -206,14 +207,14 @@ impl OptInPolicy {
         &self,
         annotations: &Annotations,
         names: &[&str],
-        odd: &mut Vec<InvalidAnnotation>,
+        invalid: &mut Vec<InvalidAnnotation>,
     ) -> Option<Option<bool>> {
         let (key, value) = self.first_set(annotations, names)?;
         Some(match value {
             "true" => Some(true),
             "false" => Some(false),
             _ => {
-                odd.push(InvalidAnnotation::new(key, value));
+                invalid.push(InvalidAnnotation::new(key, value));
                 None
             }
         })

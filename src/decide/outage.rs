@@ -245,8 +245,9 @@ impl RegistryOutages {
     fn state_mut(&mut self, registry: &str, now: Instant) -> &mut RegistryState {
         if !self.registries.contains_key(registry) && self.registries.len() == MAX_REGISTRIES {
             // Registries with evidence are dropped last, because any pod can invent names.
-            let least = |known: &RegistryState| (known.down.is_some(), known.has_answered, known.used_at);
-            let oldest = self.registries.iter().min_by_key(|(_, known)| least(known)).map(|(name, _)| name.clone());
+            let eviction_key = |known: &RegistryState| (known.down.is_some(), known.has_answered, known.used_at);
+            let oldest =
+                self.registries.iter().min_by_key(|(_, known)| eviction_key(known)).map(|(name, _)| name.clone());
             oldest.and_then(|name| self.registries.remove(&name));
         }
         let fresh = RegistryState {

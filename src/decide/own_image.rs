@@ -136,11 +136,11 @@ pub enum OwnImageWait {
 
 /// Decides about one missing image.
 pub fn own_image_step(image: &Reference, situation: OwnImageSituation) -> OwnImageStep {
-    let OwnImageSituation { is_switched_off, may_import, has_provider: is_provided, is_backing_off } = situation;
+    let OwnImageSituation { is_switched_off, may_import, has_provider, is_backing_off } = situation;
     match image {
         _ if is_switched_off => OwnImageStep::Wait(OwnImageWait::SwitchedOff),
         _ if !may_import => OwnImageStep::Wait(OwnImageWait::NoImports),
-        _ if !is_provided => OwnImageStep::Wait(OwnImageWait::NoProvider),
+        _ if !has_provider => OwnImageStep::Wait(OwnImageWait::NoProvider),
         _ if is_backing_off => OwnImageStep::Wait(OwnImageWait::BackingOff),
         Reference::Digest(..) => OwnImageStep::Fetch,
         Reference::Tag(..) => OwnImageStep::AskRegistry,

@@ -136,8 +136,8 @@ impl PeerFaults {
         self.ban_end(peer, BanKind::Busy, now)
     }
 
-    fn ban_end(&self, peer: PeerId, grudge: BanKind, now: Instant) -> Option<Instant> {
-        self.counts.get(&peer)?[grudge as usize].until.filter(|until| *until > now)
+    fn ban_end(&self, peer: PeerId, kind: BanKind, now: Instant) -> Option<Instant> {
+        self.counts.get(&peer)?[kind as usize].until.filter(|until| *until > now)
     }
 
     fn evict_expired(&mut self, now: Instant) {
@@ -181,8 +181,8 @@ mod tests {
             (PeerFault::Unreachable, [1000, 2000, 4000, 8000, 16_000, 32_000]),
             (PeerFault::Lied, [600_000, 1_200_000, 2_400_000, 4_800_000, 7_200_000, 7_200_000]),
         ] {
-            let (mut trust, now) = (PeerFaults::default(), Instant::now());
-            let waits = milliseconds.map(|_| (trust.record_fault(peer(1), fault, now, 1.0) - now).as_millis());
+            let (mut faults, now) = (PeerFaults::default(), Instant::now());
+            let waits = milliseconds.map(|_| (faults.record_fault(peer(1), fault, now, 1.0) - now).as_millis());
             assert_eq!(waits, milliseconds, "{fault:?}");
             let mut fresh = PeerFaults::default();
             assert_eq!(
@@ -194,64 +194,64 @@ mod tests {
 
     #[test]
     fn good_peers_come_before_troubled_peers_and_lying_peers_come_last_until_their_ban_ends() {
-        let (mut trust, now) = (PeerFaults::default(), Instant::now());
-        let until = trust.record_fault(peer(1), PeerFault::Lied, now, 1.0);
-        trust.record_fault(peer(2), PeerFault::Stalled, now, 1.0);
-        trust.record_fault(peer(2), PeerFault::Unreachable, now, 1.0);
-        trust.record_fault(peer(3), PeerFault::StoreFailed, now, 1.0);
-        trust.record_fault(peer(4), PeerFault::Busy, now, 1.0);
-        let order = |trust: &PeerFaults, now| {
+        let (mut faults, now) = (PeerFaults::default(), Instant::now());
+        let until = faults.record_fault(peer(1), PeerFault::Lied, now, 1.0);
+        faults.record_fault(peer(2), PeerFault::Stalled, now, 1.0);
+        faults.record_fault(peer(2), PeerFault::Unreachable, now, 1.0);
+        faults.record_fault(peer(3), PeerFault::StoreFailed, now, 1.0);
+        faults.record_fault(peer(4), PeerFault::Busy, now, 1.0);
+        let order = |faults: &PeerFaults, now| {
             let mut peers = [1, 2, 3, 4, 5];
-            peers.sort_by_key(|number| trust.standing(peer(*number), now));
+            peers.sort_by_key(|number| faults.standing(peer(*number), now));
             peers
         };
-        assert_eq!(order(&trust, now), [4, 5, 3, 2, 1], "a busy peer keeps its rank");
-        assert_eq!(order(&trust, until), [1, 2, 3, 4, 5]);
+        assert_eq!(order(&faults, now), [4, 5, 3, 2, 1], "a busy peer keeps its rank");
+        assert_eq!(order(&faults, until), [1, 2, 3, 4, 5]);
     }
 
     #[test]
     fn a_busy_peer_gets_no_request_before_its_wait_ends() {
-        let (mut trust, now) = (PeerFaults::default(), Instant::now());
-        let until = trust.record_fault(peer(1), PeerFault::Busy, now, 1.0);
-        assert_eq!(trust.busy_until(peer(1), now), Some(until));
-        assert_eq!(trust.busy_until(peer(1), until), None);
-        trust.record_fault(peer(2), PeerFault::Lied, now, 1.0);
-        assert_eq!(trust.busy_until(peer(2), now), None, "a lying peer may be the only provider");
+        let (mut faults, now) = (PeerFaults::default(), Instant::now());
+        let until = faults.record_fault(peer(1), PeerFault::Busy, now, 1.0);
+        assert_eq!(faults.busy_until(peer(1), now), Some(until));
+        assert_eq!(faults.busy_until(peer(1), until), None);
+        faults.record_fault(peer(2), PeerFault::Lied, now, 1.0);
+        assert_eq!(faults.busy_until(peer(2), now), None, "a lying peer may be the only provider");
     }
 
     #[test]
     fn a_served_blob_clears_all_faults_but_a_lie() {
-        let (mut trust, now) = (PeerFaults::default(), Instant::now());
+        let (mut faults, now) = (PeerFaults::default(), Instant::now());
         for fault in [PeerFault::Busy, PeerFault::Unreachable] {
-            trust.record_fault(peer(1), fault, now, 1.0);
+            faults.record_fault(peer(1), fault, now, 1.0);
         }
-        trust.record_success(peer(1));
-        assert_eq!((trust.standing(peer(1), now), trust.busy_until(peer(1), now)), (Standing::Good, None));
-        assert!(trust.counts.is_empty());
-        trust.record_fault(peer(1), PeerFault::Lied, now, 1.0);
-        trust.record_success(peer(1));
-        assert_eq!(trust.standing(peer(1), now), Standing::Lying);
+        faults.record_success(peer(1));
+        assert_eq!((faults.standing(peer(1), now), faults.busy_until(peer(1), now)), (Standing::Good, None));
+        assert!(faults.counts.is_empty());
+        faults.record_fault(peer(1), PeerFault::Lied, now, 1.0);
+        faults.record_success(peer(1));
+        assert_eq!(faults.standing(peer(1), now), Standing::Lying);
     }
 
     #[test]
     fn an_old_fault_does_not_lengthen_a_new_wait() {
-        let (mut trust, now) = (PeerFaults::default(), Instant::now());
-        let until = trust.record_fault(peer(1), PeerFault::Unreachable, now, 1.0);
+        let (mut faults, now) = (PeerFaults::default(), Instant::now());
+        let until = faults.record_fault(peer(1), PeerFault::Unreachable, now, 1.0);
         let soon = until + FAULT_LIFE / 2;
-        assert_eq!(trust.record_fault(peer(1), PeerFault::Unreachable, soon, 1.0) - soon, Duration::from_secs(2));
+        assert_eq!(faults.record_fault(peer(1), PeerFault::Unreachable, soon, 1.0) - soon, Duration::from_secs(2));
         let late = soon + 2 * FAULT_LIFE;
-        assert_eq!(trust.record_fault(peer(1), PeerFault::Unreachable, late, 1.0) - late, Duration::from_secs(1));
+        assert_eq!(faults.record_fault(peer(1), PeerFault::Unreachable, late, 1.0) - late, Duration::from_secs(1));
     }
 
     #[test]
     fn records_are_bounded_and_the_record_that_ends_first_is_evicted() {
-        let (mut trust, now) = (PeerFaults::default(), Instant::now());
-        trust.record_fault(peer(0), PeerFault::Lied, now, 1.0);
+        let (mut faults, now) = (PeerFaults::default(), Instant::now());
+        faults.record_fault(peer(0), PeerFault::Lied, now, 1.0);
         for number in 1..=MAX_PEERS as u16 {
-            trust.record_fault(peer(number), PeerFault::Unreachable, now + Duration::from_millis(number.into()), 1.0);
+            faults.record_fault(peer(number), PeerFault::Unreachable, now + Duration::from_millis(number.into()), 1.0);
         }
-        assert_eq!(trust.counts.len(), MAX_PEERS);
-        assert_eq!(trust.standing(peer(0), now), Standing::Lying);
-        assert!(!trust.counts.contains_key(&peer(1)));
+        assert_eq!(faults.counts.len(), MAX_PEERS);
+        assert_eq!(faults.standing(peer(0), now), Standing::Lying);
+        assert!(!faults.counts.contains_key(&peer(1)));
     }
 }

@@ -164,18 +164,18 @@ impl PiecePicker {
 
     /// Adds a blob whose hash chain is not ready before [`PiecePicker::mark_hash_chain_ready`].
     /// Adding a known blob changes nothing.
-    pub fn add_blob(&mut self, digest: Digest, cut: PieceLayout) {
+    pub fn add_blob(&mut self, digest: Digest, layout: PieceLayout) {
         let salt = self.rng.random();
         let next = self.blobs.len();
         if *self.blob_indexes.entry(digest).or_insert(next) == next {
-            self.blobs.push(BlobPicker::new(digest, cut, salt));
+            self.blobs.push(BlobPicker::new(digest, layout, salt));
         }
     }
 
     /// The hash chain of the blob is ready: each piece is verified on arrival.
     pub fn mark_hash_chain_ready(&mut self, digest: Digest) {
-        if let Some(&place) = self.blob_indexes.get(&digest) {
-            self.blobs[place].has_hash_chain = true;
+        if let Some(&blob_index) = self.blob_indexes.get(&digest) {
+            self.blobs[blob_index].has_hash_chain = true;
         }
     }
 
@@ -184,8 +184,8 @@ impl PiecePicker {
     /// file of another blob may be whole where the file of this one is not.
     pub fn record_verified_piece(&mut self, peer: PeerId, digest: Digest) {
         let number = self.peers.index_or_insert(peer);
-        if let Some(&place) = self.blob_indexes.get(&digest)
-            && self.blobs[place].record_verified(number)
+        if let Some(&blob_index) = self.blob_indexes.get(&digest)
+            && self.blobs[blob_index].record_verified(number)
         {
             self.peers.get_mut(number).mark_verified();
         }
@@ -193,15 +193,15 @@ impl PiecePicker {
 
     /// A piece is present without a request of this picker: from an earlier try, or by another way.
     pub fn mark_piece_present(&mut self, digest: Digest, piece: u32) {
-        if let Some(&place) = self.blob_indexes.get(&digest) {
-            self.mark_present(place, piece, None);
+        if let Some(&blob_index) = self.blob_indexes.get(&digest) {
+            self.mark_present(blob_index, piece, None);
         }
     }
 
     /// A present piece is wrong, and is fetched again.
     pub fn discard_piece(&mut self, digest: Digest, piece: u32) {
-        if let Some(&place) = self.blob_indexes.get(&digest) {
-            self.blobs[place].mark_absent(piece);
+        if let Some(&blob_index) = self.blob_indexes.get(&digest) {
+            self.blobs[blob_index].mark_absent(piece);
         }
     }
 
@@ -210,33 +210,33 @@ impl PiecePicker {
     /// seconds when no chain comes.
     pub fn record_mismatch(&mut self, peer: PeerId, digest: Digest, now: Instant) {
         let number = self.peers.index_or_insert(peer);
-        if let Some(&place) = self.blob_indexes.get(&digest) {
-            self.blobs[place].record_mismatch(number, now);
+        if let Some(&blob_index) = self.blob_indexes.get(&digest) {
+            self.blobs[blob_index].record_mismatch(number, now);
         }
     }
 
     /// Records a piece map of a selected provider; piece maps of other peers are ignored. Repeated
     /// pieces and numbers beyond the blob change nothing.
-    pub fn record_piece_map(&mut self, peer: PeerId, digest: Digest, word: &PieceMapUpdate, now: Instant) {
+    pub fn record_piece_map(&mut self, peer: PeerId, digest: Digest, update: &PieceMapUpdate, now: Instant) {
         self.advance_clock(now);
-        if let Some(&place) = self.blob_indexes.get(&digest)
+        if let Some(&blob_index) = self.blob_indexes.get(&digest)
             && let Some(number) = self.peers.index_of(peer)
-            && let Some(link) = self.blobs[place].selected_index(number)
+            && let Some(provider_index) = self.blobs[blob_index].selected_index(number)
         {
-            self.blobs[place].record_piece_map(link, word);
+            self.blobs[blob_index].record_piece_map(provider_index, update);
         }
     }
 
     /// The peer is no longer followed, or lost the blob. The peer is not selected again before
     /// [`PiecePicker::set_providers`] lists the peer. Its requests in flight end on their own.
     pub fn remove_provider(&mut self, peer: PeerId, digest: Digest) {
-        let Some(&place) = self.blob_indexes.get(&digest) else { return };
-        let blob = &mut self.blobs[place];
-        if let Some(link) = self.peers.index_of(peer).and_then(|number| blob.selected_index(number)) {
-            blob.deselect(link);
+        let Some(&blob_index) = self.blob_indexes.get(&digest) else { return };
+        let blob = &mut self.blobs[blob_index];
+        if let Some(provider_index) = self.peers.index_of(peer).and_then(|number| blob.selected_index(number)) {
+            blob.deselect(provider_index);
         }
         let all = blob.near_listed.iter_mut().chain(&mut blob.far_listed);
-        all.filter(|known| known.provider.peer == peer).for_each(|known| known.is_lost = true);
+        all.filter(|listed| listed.provider.peer == peer).for_each(|listed| listed.is_lost = true);
         blob.needs_selection = true;
     }
 
@@ -247,9 +247,9 @@ impl PiecePicker {
         self.peers.get_mut(number).exclude(until);
         self.exclusion_ends_at = Some(self.exclusion_ends_at.map_or(until, |at| at.min(until)));
         self.cancel_requests(number, None, true);
-        for place in 0..self.blobs.len() {
-            self.deselect(place, number);
-            self.blobs[place].needs_selection = true;
+        for blob_index in 0..self.blobs.len() {
+            self.deselect(blob_index, number);
+            self.blobs[blob_index].needs_selection = true;
         }
     }
 
@@ -260,18 +260,19 @@ impl PiecePicker {
         if std::mem::replace(&mut self.is_cross_zone_allowed, allowed) == allowed {
             return;
         }
-        for place in 0..self.blobs.len() {
-            self.blobs[place].needs_selection = true;
-            let far = self.blobs[place].selected.iter().filter(|link| link.is_far).map(|link| link.peer);
+        for blob_index in 0..self.blobs.len() {
+            self.blobs[blob_index].needs_selection = true;
+            let far =
+                self.blobs[blob_index].selected.iter().filter(|provider| provider.is_far).map(|provider| provider.peer);
             for peer in if allowed { Vec::new() } else { far.collect() } {
-                self.cancel_requests(peer, Some(place), false);
+                self.cancel_requests(peer, Some(blob_index), false);
             }
         }
     }
 
     /// Missing pieces of a blob; 0 for an unknown blob.
     pub fn missing_pieces(&self, digest: Digest) -> usize {
-        self.blob_indexes.get(&digest).map_or(0, |place| self.blobs[*place].missing())
+        self.blob_indexes.get(&digest).map_or(0, |blob_index| self.blobs[*blob_index].missing())
     }
 
     /// Whether all blobs are complete.

@@ -9,26 +9,26 @@ const TRIES_PER_LIFE: u32 = 32;
 /// The time that one pin has left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PinTerm {
-    life: Duration,
+    lifetime: Duration,
     until: Instant,
     failed_at: Option<Instant>,
 }
 
 impl PinTerm {
     /// The term of a pin that was made, or is about to be made, at `now`.
-    pub fn new(life: Duration, now: Instant) -> Self {
-        Self { life, until: now + life, failed_at: None }
+    pub fn new(lifetime: Duration, now: Instant) -> Self {
+        Self { lifetime, until: now + lifetime, failed_at: None }
     }
 
     /// The time of the next renewal.
     pub fn due(&self) -> Instant {
-        let half = self.until - self.life / 2;
-        self.failed_at.map_or(half, |failed| half.max(failed + self.life / TRIES_PER_LIFE))
+        let half = self.until - self.lifetime / 2;
+        self.failed_at.map_or(half, |failed| half.max(failed + self.lifetime / TRIES_PER_LIFE))
     }
 
     /// Records that a renewal begun at `now` succeeded.
     pub fn record_renewal(&mut self, now: Instant) {
-        *self = Self::new(self.life, now);
+        *self = Self::new(self.lifetime, now);
     }
 
     /// Records that a renewal failed at `now`. True for the first failure since the last success.

@@ -24,16 +24,16 @@ pub struct FetchPlan {
 
 /// Splits a manifest's config and layers into present and missing blobs. A repeated layer counts
 /// once.
-pub fn plan(manifest: &Manifest, is_there: impl Fn(Digest) -> bool) -> FetchPlan {
+pub fn plan(manifest: &Manifest, is_present: impl Fn(Digest) -> bool) -> FetchPlan {
     let mut seen = HashSet::new();
-    let (there, mut missing): (Vec<_>, Vec<_>) = std::iter::once(&manifest.config)
+    let (present, mut missing): (Vec<_>, Vec<_>) = std::iter::once(&manifest.config)
         .chain(&manifest.layers)
         .filter(|blob| seen.insert(blob.digest))
         .cloned()
-        .partition(|blob| is_there(blob.digest));
+        .partition(|blob| is_present(blob.digest));
     let withheld = missing.extract_if(.., |blob| blob.is_foreign()).collect();
     missing.sort_by_key(|blob| (blob.digest != manifest.config.digest, std::cmp::Reverse(blob.size)));
-    FetchPlan { present: there, missing, withheld }
+    FetchPlan { present, missing, withheld }
 }
 
 impl FetchPlan {
@@ -105,7 +105,7 @@ mod tests {
     fn layers_that_must_not_be_distributed_are_not_fetched() {
         let mut foreign = blob("windows", 9);
         foreign.media_type = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip".into();
-        let plan = |is_there| plan(&manifest(vec![foreign.clone()]), move |_| is_there);
+        let plan = |is_present| plan(&manifest(vec![foreign.clone()]), move |_| is_present);
         assert_eq!((plan(false).missing, plan(false).withheld), (vec![blob("config", 10)], vec![foreign.clone()]));
         assert_eq!(
             (plan(true).present.len(), plan(true).withheld),

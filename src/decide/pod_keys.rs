@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_whose_keys_are_forgotten_takes_no_room() {
+    fn a_pod_whose_keys_are_removed_uses_no_memory() {
         let mut keys = PodKeys::default();
         keys.record("p", peer(1));
         keys.remove("p", peer(2));

@@ -105,14 +105,14 @@ pub const STALLED: &str = "The kubelet waits for a pull that does not end, and t
 ///
 /// A nudged kubelet checks within a second, and a busy one needs some more to start the container.
 /// Where the API server denies nudges, the kubelet checks at its own sync: within 90 s.
-pub fn is_verifying_credentials(pull_policy: PullPolicy, since_it_came: Duration, nudges_denied: bool) -> bool {
-    let looks_within = Duration::from_secs(if nudges_denied { 90 } else { 0 });
-    pull_policy == PullPolicy::IfNotPresent && since_it_came >= looks_within + Duration::from_secs(30)
+pub fn is_verifying_credentials(pull_policy: PullPolicy, since_arrival: Duration, nudges_denied: bool) -> bool {
+    let sync_delay = Duration::from_secs(if nudges_denied { 90 } else { 0 });
+    pull_policy == PullPolicy::IfNotPresent && since_arrival >= sync_delay + Duration::from_secs(30)
 }
 
 /// Decides on one image that a pod lacks and whose recovery the pod's owners permit.
 pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
-    let FailedPull { image, pull_policy, cause, message: said, may_be_early } = failure;
+    let FailedPull { image, pull_policy, cause, message, may_be_early } = failure;
     let Consent { recover_on, on_denied, repositories } = consent;
     let reference = match image.parse::<Reference>() {
         Ok(reference) => reference,
@@ -123,8 +123,8 @@ pub fn decide(failure: FailedPull<'_>, consent: Consent<'_>) -> PullVerdict {
         // The message has nothing about the registry, so the known outage decides.
         Some(Cause::NotUnderstood | Cause::KubeletLimit) if may_be_early => Cause::KnownOutage,
         Some(Cause::KubeletLimit) => return PullVerdict::Ignore(IgnoreReason::KubeletLimit),
-        Some(Cause::NotUnderstood) => return PullVerdict::Report(NotRecoverable::NotUnderstood(quote(said))),
-        Some(Cause::Local) => return PullVerdict::Report(NotRecoverable::Local(quote(said))),
+        Some(Cause::NotUnderstood) => return PullVerdict::Report(NotRecoverable::NotUnderstood(quote(message))),
+        Some(Cause::Local) => return PullVerdict::Report(NotRecoverable::Local(quote(message))),
         Some(Cause::Denied) if !on_denied => return PullVerdict::Report(NotRecoverable::Denied),
         Some(Cause::Stalled) if !may_be_early && matches!(reference, Reference::Tag(..)) => {
             return PullVerdict::Report(NotRecoverable::Stalled);
@@ -171,10 +171,10 @@ fn trigger(cause: Cause) -> Option<Trigger> {
 const MAX_QUOTED: usize = 400;
 
 /// The end of a message, because Go's errors have the cause there.
-fn quote(said: &str) -> String {
-    let said = said.trim();
-    let skipped = said.chars().count().saturating_sub(MAX_QUOTED);
-    let end: String = said.chars().skip(skipped).collect();
+fn quote(message: &str) -> String {
+    let message = message.trim();
+    let skipped = message.chars().count().saturating_sub(MAX_QUOTED);
+    let end: String = message.chars().skip(skipped).collect();
     if skipped > 0 { format!("...{end}") } else { end }
 }
 
@@ -213,13 +213,13 @@ impl NotRecoverable {
                  (imagePullCredentialsVerificationPolicy in the kubelet's configuration). The pod starts when the \
                  registry answers, or when that setting excludes the image."
             ),
-            Self::Local(said) => format!(
+            Self::Local(message) => format!(
                 "The pull of {image} failed on this node, not at the registry. The kubelet retries. Repair the part of \
-                 the node that its message names: {said}"
+                 the node that its message names: {message}"
             ),
-            Self::NotUnderstood(said) => format!(
+            Self::NotUnderstood(message) => format!(
                 "The pull of {image} failed for an unknown cause, so the image is not recovered. Please report this \
-                 message: {said}"
+                 message: {message}"
             ),
         }
     }
@@ -298,8 +298,8 @@ mod tests {
             Cause::BadBytes,
             Cause::MissingContent,
         ] {
-            let brought = PullVerdict::Recover("r.test/a".parse().unwrap(), cause);
-            assert_eq!(verdict(PullPolicy::IfNotPresent, Some(cause), false), brought);
+            let recovered = PullVerdict::Recover("r.test/a".parse().unwrap(), cause);
+            assert_eq!(verdict(PullPolicy::IfNotPresent, Some(cause), false), recovered);
         }
         assert_eq!(verdict(PullPolicy::IfNotPresent, None, false), PullVerdict::Ignore(IgnoreReason::CauseUnknown));
     }
@@ -333,9 +333,9 @@ mod tests {
 
     #[test]
     fn an_unreadable_name_is_reported_with_its_wrong_part() {
-        let told = verdict_on(FailedPull { image: "r.test/A", ..failure(Some(DOWN)) }, &Trigger::DEFAULT);
-        let PullVerdict::Report(told) = told else { panic!("an unreadable name was accepted") };
-        assert!(told.event_text("r.test/A").contains("the repository"), "{}", told.event_text("r.test/A"));
+        let reported = verdict_on(FailedPull { image: "r.test/A", ..failure(Some(DOWN)) }, &Trigger::DEFAULT);
+        let PullVerdict::Report(report) = reported else { panic!("an unreadable name was accepted") };
+        assert!(report.event_text("r.test/A").contains("the repository"), "{}", report.event_text("r.test/A"));
     }
 
     #[test]
@@ -381,8 +381,8 @@ mod tests {
     #[test]
     fn an_unreadable_message_is_quoted_unless_the_registry_is_known_to_be_down() {
         let unreadable = failure(Some(Cause::NotUnderstood));
-        let told = PullVerdict::Report(NotRecoverable::NotUnderstood("the kubelet's message".into()));
-        assert_eq!(verdict_on(unreadable, &Trigger::DEFAULT), told);
+        let reported = PullVerdict::Report(NotRecoverable::NotUnderstood("the kubelet's message".into()));
+        assert_eq!(verdict_on(unreadable, &Trigger::DEFAULT), reported);
         let limited = failure(Some(Cause::KubeletLimit));
         assert_eq!(verdict_on(limited, &Trigger::DEFAULT), PullVerdict::Ignore(IgnoreReason::KubeletLimit));
         for failure in [unreadable, limited] {
@@ -393,8 +393,8 @@ mod tests {
 
     #[test]
     fn a_long_message_is_quoted_by_its_end() {
-        let said = format!("{}: the cause", "frame ".repeat(500));
-        let quoted = quote(&said);
+        let message = format!("{}: the cause", "frame ".repeat(500));
+        let quoted = quote(&message);
         assert!(quoted.starts_with("...") && quoted.ends_with(": the cause"), "{quoted}");
         assert_eq!(quoted.chars().count(), MAX_QUOTED + 3);
         assert_eq!(quote("  short "), "short");

@@ -211,13 +211,13 @@ impl RecoveryQueue {
             job.pods.remove(pod);
         }
         let abandoned = self.jobs.iter().filter(|(_, job)| job.pods.is_empty());
-        let left: Vec<_> = abandoned.map(|(reference, _)| reference.clone()).collect();
-        for reference in &left {
+        let references: Vec<_> = abandoned.map(|(reference, _)| reference.clone()).collect();
+        for reference in &references {
             if self.jobs.get(reference).is_some_and(|job| job.state != JobState::Running) {
                 self.remove_job(reference);
             }
         }
-        left
+        references
     }
 
     /// Keeps only the history of an image without waiting pods.
@@ -251,12 +251,12 @@ impl RecoveryJob {
 }
 
 impl JobHistory {
-    fn start(&mut self, now: Instant, hurried: bool) {
+    fn start(&mut self, now: Instant, is_immediate: bool) {
         if self.started.is_some_and(|at| now.saturating_duration_since(at) >= HISTORY_LIFE) {
             *self = Self::default();
         }
         self.started = Some(now);
-        if hurried {
+        if is_immediate {
             self.immediate_starts = self.immediate_starts.saturating_add(1);
             self.not_before = self.immediate_starts.checked_sub(FREE_STARTS).map(|doublings| now + backoff(doublings));
         }

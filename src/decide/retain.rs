@@ -170,12 +170,12 @@ pub enum LeaseAction {
 
 /// Bytes that may be retained now. Below the threshold of free space, retained layers shrink by the
 /// missing bytes.
-pub fn allowed_bytes(budget: u64, retained: u64, room: Option<(u64, u64)>) -> u64 {
-    let Some((free, total)) = room else { return budget };
-    let line = min_free(total);
-    match free >= line {
+pub fn allowed_bytes(budget: u64, retained: u64, disk: Option<(u64, u64)>) -> u64 {
+    let Some((free, total)) = disk else { return budget };
+    let floor = min_free(total);
+    match free >= floor {
         true => budget,
-        false => budget.min(retained.saturating_sub(line - free)),
+        false => budget.min(retained.saturating_sub(floor - free)),
     }
 }
 
@@ -199,7 +199,9 @@ pub fn choose(
     allowed: u64,
 ) -> BTreeMap<Digest, BTreeMap<Digest, u64>> {
     let mut ordered: Vec<_> = candidates.iter().collect();
-    ordered.sort_by_key(|it| (Reverse(it.interest), Reverse(leases.contains_key(&it.manifest)), it.manifest));
+    ordered.sort_by_key(|candidate| {
+        (Reverse(candidate.interest), Reverse(leases.contains_key(&candidate.manifest)), candidate.manifest)
+    });
     let (mut chosen, mut counted, mut sum) = (BTreeMap::new(), BTreeSet::new(), 0_u64);
     for RetainCandidate { manifest, layers, interest: _, last_use: _ } in ordered {
         let new = layers.iter().filter(|(layer, _)| !counted.contains(*layer));
@@ -223,16 +225,20 @@ pub fn actions(
     let chosen = choose(candidates, leases, allowed);
     let released = leases.keys().filter(|manifest| !chosen.contains_key(*manifest)).copied().map(LeaseAction::Release);
     let mut steps: Vec<_> = released.collect();
-    let was_used: BTreeSet<_> = candidates.iter().filter(|it| it.last_use.is_some()).map(|it| it.manifest).collect();
+    let was_used: BTreeSet<_> = candidates
+        .iter()
+        .filter(|candidate| candidate.last_use.is_some())
+        .map(|candidate| candidate.manifest)
+        .collect();
     for (manifest, layers) in chosen {
         let lease = leases.get(&manifest);
         let is_old = |lease: &LayerLease| lease.expires.duration_since(now).unwrap_or_default() < LEASE_DURATION / 2;
-        let is_news = |lease: &LayerLease| was_used.contains(&manifest) && !lease.is_marked_used;
-        if lease.is_some_and(|lease| is_old(lease) || is_news(lease)) {
+        let is_newly_used = |lease: &LayerLease| was_used.contains(&manifest) && !lease.is_marked_used;
+        if lease.is_some_and(|lease| is_old(lease) || is_newly_used(lease)) {
             steps.push(LeaseAction::Renew(manifest));
         }
-        let named = |layer: &Digest| lease.is_some_and(|lease| lease.layers.contains_key(layer));
-        let missing: BTreeSet<_> = layers.into_keys().filter(|layer| !named(layer)).collect();
+        let is_leased = |layer: &Digest| lease.is_some_and(|lease| lease.layers.contains_key(layer));
+        let missing: BTreeSet<_> = layers.into_keys().filter(|layer| !is_leased(layer)).collect();
         if !missing.is_empty() {
             steps.push(LeaseAction::Retain(manifest, missing));
         }

@@ -91,13 +91,14 @@ mod tests {
         // Each agent reviews twelve others in the same second, as if all restarted at once.
         let start = Instant::now();
         let mut budgets: Vec<_> = (0..5000).map(|_| ReviewBudget::full(start)).collect();
-        let mut most = 0;
+        let mut max = 0;
         for second in 0..60 {
             let now = start + Duration::from_secs(second);
-            let asked = budgets.iter_mut().map(|budget| (0..12).filter(|_| budget.try_take(5000, now)).count()).sum();
-            most = most.max(if second == 0 { 0 } else { asked });
-            assert!(second > 0 || asked <= 10_000, "{asked} reviews in the first second");
+            let requested =
+                budgets.iter_mut().map(|budget| (0..12).filter(|_| budget.try_take(5000, now)).count()).sum();
+            max = max.max(if second == 0 { 0 } else { requested });
+            assert!(second > 0 || requested <= 10_000, "{requested} reviews in the first second");
         }
-        assert!(most <= 5000, "{most}");
+        assert!(max <= 5000, "{max}");
     }
 }

@@ -55,9 +55,9 @@ impl Requirement {
 
     fn parse(part: &str) -> Option<Self> {
         let part = part.trim();
-        let requirement = |key: &str, test| {
+        let requirement = |key: &str, operator| {
             let key = key.trim();
-            is_key(key).then(|| Self { key: key.to_owned(), operator: test })
+            is_key(key).then(|| Self { key: key.to_owned(), operator })
         };
         if let Some(key) = part.strip_prefix('!') {
             return requirement(key, LabelOperator::Absent);
@@ -76,11 +76,11 @@ impl Requirement {
         }
         let Some(at) = part.find('=') else { return requirement(part, LabelOperator::Exists) };
         let (key, value) = (&part[..at], part[at + 1..].trim_start_matches('=').trim());
-        let one = vec![value.to_owned()];
+        let values = vec![value.to_owned()];
         match key.strip_suffix('!') {
             _ if !is_value(value) => None,
-            Some(key) => requirement(key, LabelOperator::NotIn(one)),
-            None => requirement(key, LabelOperator::In(one)),
+            Some(key) => requirement(key, LabelOperator::NotIn(values)),
+            None => requirement(key, LabelOperator::In(values)),
         }
     }
 }
@@ -98,9 +98,9 @@ impl FromStr for Selector {
 
 impl fmt::Display for Selector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (position, Requirement { key, operator: test }) in self.0.iter().enumerate() {
+        for (position, Requirement { key, operator }) in self.0.iter().enumerate() {
             f.write_str(if position > 0 { "," } else { "" })?;
-            match test {
+            match operator {
                 LabelOperator::Exists => write!(f, "{key}")?,
                 LabelOperator::Absent => write!(f, "!{key}")?,
                 LabelOperator::In(values) => write!(f, "{key} in ({})", values.join(","))?,

@@ -61,11 +61,11 @@ mod tests {
             (a, b) in ("[a-c]{1,3}", "[a-c]{1,3}").prop_filter("names are unique", |(a, b)| a != b),
             (of_a, of_b) in (0_u64..3, 0_u64..3),
         ) {
-            let holder = |node: &str, created| KeyOwner {
+            let owner = |node: &str, created| KeyOwner {
                 node: node.parse().unwrap(),
                 created: SystemTime::UNIX_EPOCH + Duration::from_secs(created),
             };
-            let (a, b) = (holder(&a, of_a), holder(&b, of_b));
+            let (a, b) = (owner(&a, of_a), owner(&b, of_b));
             prop_assert_ne!(must_replace_key(&a, &b), must_replace_key(&b, &a));
             prop_assert!(of_a >= of_b || !must_replace_key(&a, &b));
             prop_assert!(!must_replace_key(&a, &a), "a node keeps its key against itself");

@@ -61,9 +61,9 @@ pub fn stalled_connections(
     let is_opened = |connection: &&TcpConnection| {
         !listening.contains(&connection.local.port()) && !connection.remote.ip().to_canonical().is_loopback()
     };
-    let patience = |remote: &SocketAddr| if silent_before.contains(remote) { after.min(RETRY_TIMEOUT) } else { after };
+    let timeout = |remote: &SocketAddr| if silent_before.contains(remote) { after.min(RETRY_TIMEOUT) } else { after };
     let is_silent =
-        |connection: &&TcpConnection| connection.silent_for >= patience(&connection.remote) && connection.unread == 0;
+        |connection: &&TcpConnection| connection.silent_for >= timeout(&connection.remote) && connection.unread == 0;
     let mut silent: Vec<_> = established.iter().filter(is_opened).filter(is_silent).copied().collect();
     // The longest silence first, so the bound cuts off the youngest.
     silent.sort_by_key(|connection| std::cmp::Reverse(connection.silent_for));
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_connection_ends_and_a_crawling_one_stays() {
+    fn a_silent_connection_ends_and_a_slow_one_stays() {
         assert_eq!(ended(vec![connection(1, 119), connection(2, 120), connection(3, 0)], &[]), [2]);
     }
 

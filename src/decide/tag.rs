@@ -48,15 +48,15 @@ impl TagPolicy {
     }
 
     /// `meanings` has each digest of the tag with its number of nodes.
-    pub fn choose(self, meanings: &BTreeMap<Digest, usize>) -> TagChoice {
-        let Some(first) = meanings.keys().next() else { return TagChoice::Unknown };
-        if meanings.len() == 1 {
+    pub fn choose(self, counts: &BTreeMap<Digest, usize>) -> TagChoice {
+        let Some(first) = counts.keys().next() else { return TagChoice::Unknown };
+        if counts.len() == 1 {
             return TagChoice::Digest(*first);
         }
         match self {
             Self::Unanimous => TagChoice::Disagreement,
-            Self::MostCommon => unique_maximum(meanings).map_or(TagChoice::Disagreement, TagChoice::Digest),
-            Self::Newest if meanings.len() > MAX_COMPARED_BY_AGE => TagChoice::Disagreement,
+            Self::MostCommon => unique_maximum(counts).map_or(TagChoice::Disagreement, TagChoice::Digest),
+            Self::Newest if counts.len() > MAX_COMPARED_BY_AGE => TagChoice::Disagreement,
             Self::Newest => TagChoice::NeedsBuildTimes,
         }
     }
@@ -90,7 +90,7 @@ fn unique_maximum<Value: Ord>(values: &BTreeMap<Digest, Value>) -> Option<Digest
 mod tests {
     use super::*;
 
-    fn meanings(counts: &[usize]) -> BTreeMap<Digest, usize> {
+    fn digest_counts(counts: &[usize]) -> BTreeMap<Digest, usize> {
         counts.iter().enumerate().map(|(number, count)| (digest(number), *count)).collect()
     }
 
@@ -101,8 +101,8 @@ mod tests {
     #[test]
     fn a_tag_without_disagreement_needs_no_policy() {
         for policy in TagPolicy::ALL {
-            assert_eq!(policy.choose(&meanings(&[3])), TagChoice::Digest(digest(0)));
-            assert_eq!(policy.choose(&meanings(&[])), TagChoice::Unknown);
+            assert_eq!(policy.choose(&digest_counts(&[3])), TagChoice::Digest(digest(0)));
+            assert_eq!(policy.choose(&digest_counts(&[])), TagChoice::Unknown);
             assert_eq!(policy.name().parse(), Ok(policy));
         }
         assert!("majority".parse::<TagPolicy>().unwrap_err().contains("most-common"));
@@ -110,12 +110,12 @@ mod tests {
 
     #[test]
     fn a_disagreement_is_settled_only_by_a_policy_that_can() {
-        let split = meanings(&[2, 5, 1]);
+        let split = digest_counts(&[2, 5, 1]);
         assert_eq!(TagPolicy::Unanimous.choose(&split), TagChoice::Disagreement);
         assert_eq!(TagPolicy::MostCommon.choose(&split), TagChoice::Digest(digest(1)));
-        assert_eq!(TagPolicy::MostCommon.choose(&meanings(&[5, 5, 1])), TagChoice::Disagreement, "a tie");
+        assert_eq!(TagPolicy::MostCommon.choose(&digest_counts(&[5, 5, 1])), TagChoice::Disagreement, "a tie");
         assert_eq!(TagPolicy::Newest.choose(&split), TagChoice::NeedsBuildTimes);
-        assert_eq!(TagPolicy::Newest.choose(&meanings(&[1; MAX_COMPARED_BY_AGE + 1])), TagChoice::Disagreement);
+        assert_eq!(TagPolicy::Newest.choose(&digest_counts(&[1; MAX_COMPARED_BY_AGE + 1])), TagChoice::Disagreement);
     }
 
     #[test]

@@ -188,13 +188,13 @@ mod tests {
         }
 
         #[test]
-        fn frequent_takes_lose_no_credit(rate in MIN_RATE..2 << 30, asks in 1_u32..1000) {
+        fn frequent_takes_lose_no_credit(rate in MIN_RATE..2 << 30, attempts in 1_u32..1000) {
             let start = Instant::now();
             let mut bucket = TokenBucket::new(rate, start);
             while bucket.take(CHUNK, start).is_ok() {}
             let wait = bucket.take(CHUNK, start).unwrap_err();
-            for ask in 0..asks {
-                prop_assert!(bucket.take(CHUNK, start + wait * ask / asks).is_err() || wait.is_zero());
+            for attempt in 0..attempts {
+                prop_assert!(bucket.take(CHUNK, start + wait * attempt / attempts).is_err() || wait.is_zero());
             }
             prop_assert_eq!(bucket.take(CHUNK, start + wait), Ok(()));
         }

@@ -106,12 +106,12 @@ mod tests {
     }
 
     #[test]
-    fn a_small_blob_comes_over_the_mesh_while_udp_is_blocked() {
+    fn a_small_blob_is_fetched_over_the_mesh_while_udp_is_blocked() {
         assert_eq!(choose_transport(MAX_BLOB, BLOCKED), Transport::Mesh);
     }
 
     #[test]
-    fn every_blob_comes_over_quic_where_udp_is_open() {
+    fn every_blob_is_fetched_over_quic_where_udp_is_open() {
         for quic_open in [false, true] {
             assert_eq!(
                 choose_transport(1, PathState { udp_blocked: false, quic_open, neighbor: true }),
@@ -136,29 +136,29 @@ mod tests {
     }
 
     #[test]
-    fn an_image_within_the_limits_may_come() {
+    fn an_image_within_the_limits_is_accepted() {
         let missing: Vec<_> = (0..MAX_IMAGE / MAX_BLOB).map(|_| blob(MAX_BLOB)).collect();
         assert_eq!(check_image(&missing), Ok(()));
         assert_eq!(check_image(&[]), Ok(()));
     }
 
     #[test]
-    fn an_image_that_is_too_large_is_refused_with_the_limit() {
+    fn an_image_that_is_too_large_is_rejected_with_the_limit() {
         let large = blob(MAX_BLOB + 1);
         let error = check_image(&[blob(1), large.clone()]).unwrap_err();
         assert_eq!(error, TooLarge::Blob { digest: large.digest, size: large.size });
         assert!(error.to_string().contains(&MAX_BLOB.to_string()), "{error}");
         let many: Vec<_> = (0..=MAX_IMAGE / MAX_BLOB).map(|_| blob(MAX_BLOB)).collect();
         assert_eq!(check_image(&many), Err(TooLarge::Image { size: MAX_IMAGE + MAX_BLOB }));
-        let most = [blob(u64::MAX - 1), blob(u64::MAX)];
-        assert!(check_image(&most).is_err(), "the sum does not overflow");
+        let overflowing = [blob(u64::MAX - 1), blob(u64::MAX)];
+        assert!(check_image(&overflowing).is_err(), "the sum does not overflow");
     }
 
     #[test]
     fn a_piece_of_the_largest_blob_fits_a_range_and_so_does_its_hash_chain() {
-        let cut = PieceLayout::for_size(MAX_BLOB);
-        assert!(cut.piece_length(0) <= RANGE);
-        assert!(cut.piece_count() as u64 * 32 <= RANGE);
+        let layout = PieceLayout::for_size(MAX_BLOB);
+        assert!(layout.piece_length(0) <= RANGE);
+        assert!(layout.piece_count() as u64 * 32 <= RANGE);
     }
 
     proptest! {

@@ -178,10 +178,10 @@ mod tests {
             let mut path = UdpPath::new(start, 1.0);
             assert_eq!(probe(&mut path, start, 10 * MINUTE, &targets, |_| UdpProbe::Answered), None);
             // The last answer came just now, so the whole pause lies ahead.
-            let cut = start + 10 * MINUTE;
-            path.record_probe(targets[0], UdpProbe::Answered, targets.len(), cut, 1.0);
-            let found = probe(&mut path, cut, MINUTE, &targets, |_| UdpProbe::Silent { tcp: true });
-            assert!(found.is_some_and(|found| found <= cut + MINUTE), "{nodes} other nodes");
+            let blocked_at = start + 10 * MINUTE;
+            path.record_probe(targets[0], UdpProbe::Answered, targets.len(), blocked_at, 1.0);
+            let found = probe(&mut path, blocked_at, MINUTE, &targets, |_| UdpProbe::Silent { tcp: true });
+            assert!(found.is_some_and(|found| found <= blocked_at + MINUTE), "{nodes} other nodes");
         }
     }
 

@@ -89,8 +89,8 @@ impl UploadSlots {
     /// [`UploadQueueFull`] at the limit of waiting requests.
     pub fn enqueue(&mut self, peer: PeerId, digest: Digest, pieces: usize) -> Result<UploadTicket, UploadQueueFull> {
         let account = self.accounts.get(&peer).map_or(0, |account| account.waiting);
-        let most = if self.waiting < CROWDED { MAX_WAITING_OF_PEER } else { 1 };
-        if self.waiting >= MAX_WAITING || account >= most {
+        let limit = if self.waiting < CROWDED { MAX_WAITING_OF_PEER } else { 1 };
+        if self.waiting >= MAX_WAITING || account >= limit {
             return Err(UploadQueueFull);
         }
         let ticket = self.next_ticket;
@@ -198,10 +198,10 @@ mod tests {
     #[test]
     fn requests_are_served_up_to_the_limits_of_a_blob_and_of_the_node() {
         let mut slots = UploadSlots::new(2, 3);
-        let of = |slots: &mut UploadSlots, n| {
+        let enqueue_three = |slots: &mut UploadSlots, n| {
             (0..3).map(|p| slots.enqueue(peer(p), blob(n), 9).unwrap()).collect::<Vec<_>>()
         };
-        let (one, other) = (of(&mut slots, 1), of(&mut slots, 2));
+        let (one, other) = (enqueue_three(&mut slots, 1), enqueue_three(&mut slots, 2));
         let served: Vec<_> = std::iter::from_fn(|| slots.start_next()).collect();
         // A peer that is being served waits for peers that are not.
         assert_eq!(served, [one[0], one[1], other[2]]);
@@ -248,8 +248,8 @@ mod tests {
     #[test]
     fn waiting_requests_are_bounded_for_a_peer_and_in_all() {
         let mut slots = UploadSlots::new(4, 16);
-        let most = (0..100).filter(|_| slots.enqueue(peer(0), blob(0), 9).is_ok()).count();
-        assert_eq!(most, 64);
+        let accepted = (0..100).filter(|_| slots.enqueue(peer(0), blob(0), 9).is_ok()).count();
+        assert_eq!(accepted, 64);
         let greedy = (1..16).flat_map(|n| [n; 64]).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());
         assert_eq!(greedy.count(), 768 - 64 + 4, "the last four peers have one request each");
         let late = (16..=255).filter(|n| slots.enqueue(peer(*n), blob(0), 9).is_ok());

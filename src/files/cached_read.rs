@@ -20,13 +20,13 @@ const MAX_INLINE_READ: usize = 256 << 10;
 /// Errors of the file system, and an early end of the file.
 pub(super) async fn read_exact_at(file: &Arc<File>, offset: u64, length: usize) -> io::Result<Bytes> {
     let mut bytes = vec![0; length];
-    let known = if length <= MAX_INLINE_READ { read_cached(file, offset, &mut bytes) } else { 0 };
-    if known == length {
+    let cached = if length <= MAX_INLINE_READ { read_cached(file, offset, &mut bytes) } else { 0 };
+    if cached == length {
         return Ok(bytes.into());
     }
     let file = file.clone();
     let read = spawn_blocking(move || {
-        file.read_exact_at(&mut bytes[known..], offset + known as u64)?;
+        file.read_exact_at(&mut bytes[cached..], offset + cached as u64)?;
         Ok(bytes.into())
     });
     read.await.unwrap_or_else(|panicked| Err(io::Error::other(panicked)))
@@ -52,7 +52,7 @@ mod tests {
 
     #[tokio::test]
     async fn reads_return_the_bytes_at_the_offset() {
-        let content: Vec<u8> = (0..MAX_INLINE_READ + 5000).map(|place| (place % 251) as u8).collect();
+        let content: Vec<u8> = (0..MAX_INLINE_READ + 5000).map(|index| (index % 251) as u8).collect();
         for folder in folders() {
             let path = folder.path().join("blob");
             std::fs::write(&path, &content).unwrap();

@@ -43,15 +43,15 @@ mod tests {
 
     #[test]
     fn a_slow_write_marks_the_disk_as_slow_for_a_period() {
-        let (pace, start) = (SlowDiskDetector::default(), Instant::now());
-        pace.record(SLOW_WRITE, start);
-        assert!(!pace.is_slow(start), "a usual duration is not slow");
-        pace.record(SLOW_WRITE * 2, start);
+        let (detector, start) = (SlowDiskDetector::default(), Instant::now());
+        detector.record(SLOW_WRITE, start);
+        assert!(!detector.is_slow(start), "a usual duration is not slow");
+        detector.record(SLOW_WRITE * 2, start);
         let (before, after) = (start + SLOW_PERIOD - SLOW_WRITE, start + SLOW_PERIOD);
-        assert!(pace.is_slow(start) && pace.is_slow(before) && !pace.is_slow(after));
-        pace.record(SLOW_WRITE * 2, before);
-        assert!(pace.is_slow(after), "another slow write extends the period");
-        pace.record(Duration::ZERO, before);
-        assert!(pace.is_slow(after), "a fast write does not end the period");
+        assert!(detector.is_slow(start) && detector.is_slow(before) && !detector.is_slow(after));
+        detector.record(SLOW_WRITE * 2, before);
+        assert!(detector.is_slow(after), "another slow write extends the period");
+        detector.record(Duration::ZERO, before);
+        assert!(detector.is_slow(after), "a fast write does not end the period");
     }
 }

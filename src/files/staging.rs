@@ -69,11 +69,11 @@ impl StagingFile {
     /// [`io::ErrorKind::WouldBlock`] when another handle has the lock; errors of the file system.
     pub fn open(path: &Path, size: u64) -> io::Result<Self> {
         let (reading, writing) = open_or_create(path, size)?;
-        let left = data_extents(&reading, size)?;
+        let resumed_ranges = data_extents(&reading, size)?;
         Ok(Self {
             path: path.to_owned(),
             size,
-            resumed_ranges: left,
+            resumed_ranges,
             reader: Arc::new(reading),
             phase: RwLock::new(Phase::Open(writing)),
             slow_disk: SlowDiskDetector::default(),
@@ -156,8 +156,8 @@ impl StagingFile {
     ///
     /// # Errors
     /// Errors of the file system.
-    pub async fn read_at(&self, offset: u64, most: usize) -> io::Result<Bytes> {
-        read_within(&self.reader, self.size, offset, most).await
+    pub async fn read_at(&self, offset: u64, limit: usize) -> io::Result<Bytes> {
+        read_within(&self.reader, self.size, offset, limit).await
     }
 
     /// Closes the writable handle, makes the file read-only, and returns when the file is on disk.

@@ -22,8 +22,8 @@ struct Stamp {
 ///
 /// # Errors
 /// As [`read_private`]; [`io::ErrorKind::InvalidData`] for another version or a missing version.
-pub fn read_versioned(path: &Path, most: u64, version: u32) -> io::Result<Vec<u8>> {
-    let text = read_private(path, most)?;
+pub fn read_versioned(path: &Path, limit: u64, version: u32) -> io::Result<Vec<u8>> {
+    let text = read_private(path, limit)?;
     let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
     // Without the parser's message, which quotes the content: the file may contain a secret.
     let stamp: Stamp = serde_json::from_slice(&text).map_err(|_| invalid("the file is damaged".into()))?;
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_a_version_is_left_where_it_is() {
+    fn a_file_without_a_version_is_not_moved() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.json");
         for text in ["", "{}", r#"{"version": "1"}"#, r#"{"version": -1}"#, r#"{"version": 1"#] {

@@ -82,26 +82,26 @@ impl HttpTestServer {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (seen, answer) = (Arc::<Mutex<Vec<ReceivedRequest>>>::default(), Arc::new(answer));
-        let keeps = Arc::clone(&seen);
+        let (requests, answer) = (Arc::<Mutex<Vec<ReceivedRequest>>>::default(), Arc::new(answer));
+        let received = Arc::clone(&requests);
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut open = JoinSet::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let (tls, keeps, answer) = (tls.clone(), Arc::clone(&keeps), Arc::clone(&answer));
+                let (tls, received, answer) = (tls.clone(), Arc::clone(&received), Arc::clone(&answer));
                 open.spawn(async move {
                     match tls {
-                        None => serve_connection(stream, &keeps, &*answer).await,
+                        None => serve_connection(stream, &received, &*answer).await,
                         Some(acceptor) => {
                             let Ok(stream) = acceptor.accept(stream).await else { return };
-                            serve_connection(stream, &keeps, &*answer).await;
+                            serve_connection(stream, &received, &*answer).await;
                         }
                     }
                 });
             }
         });
-        Self { port, requests: seen, _serving: serving }
+        Self { port, requests, _serving: serving }
     }
 
     /// `127.0.0.1:port`.
@@ -141,7 +141,7 @@ fn acceptor(clients: Option<&dyn Fn(rustls::RootCertStore) -> ClientVerifier>) -
 /// Serves one request. An error of the client ends the connection.
 async fn serve_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
-    keeps: &Mutex<Vec<ReceivedRequest>>,
+    received: &Mutex<Vec<ReceivedRequest>>,
     answer: &(dyn Fn(&ReceivedRequest) -> Reply + Send + Sync),
 ) {
     let mut stream = BufReader::new(stream);
@@ -162,7 +162,7 @@ async fn serve_connection(
             line => lines.push(line.to_owned()),
         }
     }
-    let asked = lines.remove(0).trim_end_matches(" HTTP/1.1").to_owned();
+    let request_line = lines.remove(0).trim_end_matches(" HTTP/1.1").to_owned();
     let split = |line: &String| line.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned()));
     let headers: BTreeMap<_, _> = lines.iter().filter_map(split).collect();
     let length = headers.get("content-length").map_or(0, |length| length.parse().unwrap());
@@ -170,9 +170,9 @@ async fn serve_connection(
     if stream.read_exact(&mut body).await.is_err() {
         return;
     }
-    let seen = ReceivedRequest { request_line: asked, headers, body };
-    keeps.lock().unwrap().push(seen.clone());
-    match answer(&seen) {
+    let request = ReceivedRequest { request_line, headers, body };
+    received.lock().unwrap().push(request.clone());
+    match answer(&request) {
         Reply::Silence => std::future::pending().await,
         Reply::Stall(bytes) => {
             let _ = stream.write_all(&bytes).await;

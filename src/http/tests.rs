@@ -30,11 +30,11 @@ async fn a_request_names_host_and_user_agent_and_omits_the_urls_password() {
     let url = Url::parse(&format!("http://user:secret@{}/path?query#part", server.host_port())).unwrap();
     let answer = get(&Client::new(None).unwrap(), &url, Certificates::Verified).await.unwrap();
     assert_eq!(answer.status, 204);
-    let seen = server.requests().remove(0);
-    assert_eq!(seen.request_line, "GET /path?query");
-    assert_eq!(seen.header("host"), Some(server.host_port().as_str()));
-    assert_eq!(seen.header("user-agent"), Some(USER_AGENT_VALUE));
-    assert_eq!(seen.header("authorization"), None);
+    let request = server.requests().remove(0);
+    assert_eq!(request.request_line, "GET /path?query");
+    assert_eq!(request.header("host"), Some(server.host_port().as_str()));
+    assert_eq!(request.header("user-agent"), Some(USER_AGENT_VALUE));
+    assert_eq!(request.header("authorization"), None);
 }
 
 #[tokio::test]
@@ -59,12 +59,12 @@ async fn the_outage_kinds_of_an_unreachable_server_are_distinguished() {
     let hangs_up = HttpTestServer::start(|_| Reply::Bytes(Vec::new())).await;
     assert_eq!(outage_kind(get(&client, &url("http", &hangs_up), Certificates::Any).await), Some(OutageKind::Refused));
 
-    let gone = url("http", &plain);
+    let closed_url = url("http", &plain);
     drop(plain);
-    while client.probe(&gone, Certificates::Any).await.is_ok() {
+    while client.probe(&closed_url, Certificates::Any).await.is_ok() {
         tokio::task::yield_now().await;
     }
-    assert_eq!(outage_kind(get(&client, &gone, Certificates::Any).await), Some(OutageKind::Refused));
+    assert_eq!(outage_kind(get(&client, &closed_url, Certificates::Any).await), Some(OutageKind::Refused));
 
     // A name that never exists (RFC 2606).
     let unresolvable = Url::parse("http://registry.invalid/").unwrap();
@@ -100,7 +100,7 @@ async fn the_size_of_a_response_is_bounded() {
 }
 
 #[test]
-fn a_file_without_a_usable_certificate_is_refused() {
+fn a_file_without_a_usable_certificate_is_rejected() {
     let with = |text: &str| {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(text.as_bytes()).unwrap();

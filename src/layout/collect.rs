@@ -14,26 +14,26 @@ use crate::ports::StoreError;
 impl Folder {
     /// Every blob of this process is pinned before it enters `blobs/`, and `changing` keeps pins
     /// from changing.
-    pub(super) fn collect(&self, changing: &MutexGuard<'_, ()>) -> Result<(), StoreError> {
-        let mut open: Vec<Digest> = IndexFile::read(self)?.targets().collect();
-        open.extend(self.pinned_digests(changing)?);
-        let mut kept = HashSet::new();
-        while let Some(digest) = open.pop() {
-            if kept.insert(digest) {
-                open.extend(self.referenced_digests(digest)?);
+    pub(super) fn collect(&self, folder_guard: &MutexGuard<'_, ()>) -> Result<(), StoreError> {
+        let mut unvisited: Vec<Digest> = IndexFile::read(self)?.targets().collect();
+        unvisited.extend(self.pinned_digests(folder_guard)?);
+        let mut reachable = HashSet::new();
+        while let Some(digest) = unvisited.pop() {
+            if reachable.insert(digest) {
+                unvisited.extend(self.referenced_digests(digest)?);
             }
         }
-        let mut removed = false;
+        let mut is_changed = false;
         for blob in self.blobs()? {
-            if !kept.contains(&blob.digest) {
+            if !reachable.contains(&blob.digest) {
                 let path = blob_path(&self.root, blob.digest);
                 fs::remove_file(&path).map_err(|error| io_error(&path, &error))?;
-                removed = true;
+                is_changed = true;
             }
         }
-        self.remove_other_metadata(changing, &kept)?;
-        if removed {
-            self.changed();
+        self.remove_other_metadata(folder_guard, &reachable)?;
+        if is_changed {
+            self.record_change();
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use crate::ports::{ImageRecord, StoreError};
 
 /// The annotation with an image's name (OCI image specification, "Annotations"). The store writes
 /// the record's full name, which is what `skopeo` takes after the folder's name.
-const NAME: &str = "org.opencontainers.image.ref.name";
+const NAME_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 
 /// Largest index: a hundred thousand records of half a kilobyte, far more than a node ever has.
 const MAX_INDEX_BYTES: u64 = 50 << 20;
@@ -35,21 +35,21 @@ impl IndexFile {
     pub(super) fn read(folder: &Folder) -> Result<Self, StoreError> {
         let path = folder.path(INDEX_FILE);
         let unreadable = |error| io_error(&path, &error);
-        let unusable = |reason: &str| StoreError::Other(format!("{}: {reason}", path.display()));
+        let invalid = |reason: &str| StoreError::Other(format!("{}: {reason}", path.display()));
         if std::fs::metadata(&path).map_err(unreadable)?.len() > MAX_INDEX_BYTES {
-            return Err(unusable("too large for an image index"));
+            return Err(invalid("too large for an image index"));
         }
         let bytes = std::fs::read(&path).map_err(unreadable)?;
         let mut document: Map<String, Value> =
-            serde_json::from_slice(&bytes).map_err(|error| unusable(&error.to_string()))?;
+            serde_json::from_slice(&bytes).map_err(|error| invalid(&error.to_string()))?;
         match document.remove("manifests") {
             Some(Value::Array(entries)) => Ok(Self { document, entries }),
-            _ => Err(unusable("not an image index: the list of manifests is missing")),
+            _ => Err(invalid("not an image index: the list of manifests is missing")),
         }
     }
 
     /// Replaces the file; `changing` proves the lock.
-    pub(super) fn write(mut self, _changing: &MutexGuard<'_, ()>, folder: &Folder) -> Result<(), StoreError> {
+    pub(super) fn write(mut self, _folder_guard: &MutexGuard<'_, ()>, folder: &Folder) -> Result<(), StoreError> {
         self.document.insert("manifests".into(), Value::Array(self.entries));
         let bytes = Value::Object(self.document).to_string();
         let path = folder.path(INDEX_FILE);
@@ -84,7 +84,7 @@ impl IndexFile {
 }
 
 fn name(entry: &Value) -> Option<&str> {
-    entry.get("annotations")?.get(NAME)?.as_str()
+    entry.get("annotations")?.get(NAME_ANNOTATION)?.as_str()
 }
 
 fn digest(entry: &Value) -> Option<Digest> {
@@ -93,6 +93,6 @@ fn digest(entry: &Value) -> Option<Digest> {
 
 fn entry(name: &str, target: &Descriptor) -> Value {
     let mut entry = json!(target);
-    entry["annotations"][NAME] = name.into();
+    entry["annotations"][NAME_ANNOTATION] = name.into();
     entry
 }

@@ -35,33 +35,33 @@ impl Folder {
 
     pub(super) fn add_metadata(
         &self,
-        _changing: &MutexGuard<'_, ()>,
+        _folder_guard: &MutexGuard<'_, ()>,
         digest: Digest,
-        more: &BlobMetadata,
+        metadata: &BlobMetadata,
     ) -> Result<(), StoreError> {
         let before = self.metadata(digest)?;
-        let mut notes = before.clone();
-        notes.sources.extend(more.source.clone());
-        notes.children.extend(more.children.iter().map(|child| child.digest));
-        if notes == before {
+        let mut updated = before.clone();
+        updated.sources.extend(metadata.source.clone());
+        updated.children.extend(metadata.children.iter().map(|child| child.digest));
+        if updated == before {
             return Ok(());
         }
         let path = self.metadata_path(digest);
-        let written = serde_json::to_vec(&notes).map_err(io::Error::from);
+        let written = serde_json::to_vec(&updated).map_err(io::Error::from);
         written.and_then(|bytes| replace(&path, &bytes)).map_err(|error| io_error(&path, &error))
     }
 
     /// Removes the metadata of absent blobs.
     pub(super) fn remove_other_metadata(
         &self,
-        _changing: &MutexGuard<'_, ()>,
-        kept: &HashSet<Digest>,
+        _folder_guard: &MutexGuard<'_, ()>,
+        reachable: &HashSet<Digest>,
     ) -> Result<(), StoreError> {
         let folder = self.path(METADATA);
         for entry in fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))? {
             let path = entry.map_err(|error| io_error(&folder, &error))?.path();
-            let about = path.file_stem().and_then(|hex| format!("sha256:{}", hex.to_str()?).parse().ok());
-            if about.is_none_or(|digest| !kept.contains(&digest)) {
+            let file_digest = path.file_stem().and_then(|hex| format!("sha256:{}", hex.to_str()?).parse().ok());
+            if file_digest.is_none_or(|digest| !reachable.contains(&digest)) {
                 fs::remove_file(&path).map_err(|error| io_error(&path, &error))?;
             }
         }

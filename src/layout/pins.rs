@@ -19,18 +19,23 @@ impl Folder {
         let until = since_epoch().saturating_add(life).as_secs();
         let path = self.path(PINS).join(&pin.0);
         // Under the lock: a collector that read an empty file would remove the pin as ended.
-        let _changing = self.lock();
+        let _folder_guard = self.lock();
         fs::write(&path, format!("{until}\n")).map_err(|error| io_error(&path, &error))?;
         Ok(pin)
     }
 
     /// Writes a later end into the pin's file. The rename is atomic, so a kill leaves no half pin.
     /// A kill before the rename leaves a second pin, which expires.
-    pub(super) fn renew(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin, life: Duration) -> Result<(), StoreError> {
-        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        let path = self.pin_path(pin).ok_or_else(gone)?;
+    pub(super) fn renew(
+        &self,
+        _folder_guard: &MutexGuard<'_, ()>,
+        pin: &Pin,
+        life: Duration,
+    ) -> Result<(), StoreError> {
+        let unknown_pin = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        let path = self.pin_path(pin).ok_or_else(unknown_pin)?;
         let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => gone(),
+            io::ErrorKind::NotFound => unknown_pin(),
             _ => io_error(&path, &error),
         })?;
         let held = text.split_once('\n').map_or("", |(_, held)| held);
@@ -43,23 +48,23 @@ impl Folder {
     /// Adds a present or future blob to the pin.
     pub(super) fn add_to_pin(
         &self,
-        _changing: &MutexGuard<'_, ()>,
+        _folder_guard: &MutexGuard<'_, ()>,
         pin: &Pin,
         digest: Digest,
     ) -> Result<(), StoreError> {
-        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        let path = self.pin_path(pin).ok_or_else(gone)?;
+        let unknown_pin = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        let path = self.pin_path(pin).ok_or_else(unknown_pin)?;
         let appended = OpenOptions::new()
             .append(true)
             .open(&path)
             .and_then(|mut file| file.write_all(format!("{digest}\n").as_bytes()));
         appended.map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => gone(),
+            io::ErrorKind::NotFound => unknown_pin(),
             _ => io_error(&path, &error),
         })
     }
 
-    pub(super) fn release(&self, _changing: &MutexGuard<'_, ()>, pin: &Pin) -> Result<(), StoreError> {
+    pub(super) fn release(&self, _folder_guard: &MutexGuard<'_, ()>, pin: &Pin) -> Result<(), StoreError> {
         let Some(path) = self.pin_path(pin) else { return Ok(()) };
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error(&path, &error)),
@@ -68,28 +73,28 @@ impl Folder {
     }
 
     /// Digests of all live pins. Removes ended pins.
-    pub(super) fn pinned_digests(&self, _changing: &MutexGuard<'_, ()>) -> Result<Vec<Digest>, StoreError> {
+    pub(super) fn pinned_digests(&self, _folder_guard: &MutexGuard<'_, ()>) -> Result<Vec<Digest>, StoreError> {
         let folder = self.path(PINS);
         let now = since_epoch().as_secs();
-        let mut held = Vec::new();
+        let mut digests = Vec::new();
         for entry in fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))? {
             let path = entry.map_err(|error| io_error(&folder, &error))?.path();
             let text = fs::read_to_string(&path).map_err(|error| io_error(&path, &error))?;
             let mut lines = text.lines();
             let until = lines.next().and_then(|line| line.parse::<u64>().ok());
             if until.is_some_and(|until| until > now) {
-                held.extend(lines.filter_map(|line| line.parse::<Digest>().ok()));
+                digests.extend(lines.filter_map(|line| line.parse::<Digest>().ok()));
             } else {
                 fs::remove_file(&path).map_err(|error| io_error(&path, &error))?;
             }
         }
-        Ok(held)
+        Ok(digests)
     }
 
     /// `None` for a name that [`Folder::pin`] did not create; such a name must not become a path.
     fn pin_path(&self, pin: &Pin) -> Option<PathBuf> {
-        let ours = pin.0.len() == 32 && pin.0.bytes().all(|byte| byte.is_ascii_hexdigit());
-        ours.then(|| self.path(PINS).join(&pin.0))
+        let is_valid = pin.0.len() == 32 && pin.0.bytes().all(|byte| byte.is_ascii_hexdigit());
+        is_valid.then(|| self.path(PINS).join(&pin.0))
     }
 }
 

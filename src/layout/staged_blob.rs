@@ -61,9 +61,9 @@ fn staged_digest(name: &OsStr) -> Option<Digest> {
 /// Removes files of killed writers, which no process resumes, and old staged files. Call without
 /// writers.
 pub(super) fn sweep_unstaged(ingest: &Path) -> io::Result<()> {
-    for left in leftovers(ingest)? {
-        if staged_digest(&left.name).is_none() {
-            fs::remove_file(ingest.join(&left.name))?;
+    for leftover in leftovers(ingest)? {
+        if staged_digest(&leftover.name).is_none() {
+            fs::remove_file(ingest.join(&leftover.name))?;
         }
     }
     sweep(ingest, |_| Some(()))
@@ -71,12 +71,12 @@ pub(super) fn sweep_unstaged(ingest: &Path) -> io::Result<()> {
 
 /// Removes staged files older than [`STAGED_BLOB_LIFE`]. `take` reserves a blob without a writer.
 fn sweep<T>(ingest: &Path, take: impl Fn(Digest) -> Option<T>) -> io::Result<()> {
-    for left in leftovers(ingest)? {
-        if left.age > STAGED_BLOB_LIFE
-            && let Some(digest) = staged_digest(&left.name)
-            && let Some(_taken) = take(digest)
+    for leftover in leftovers(ingest)? {
+        if leftover.age > STAGED_BLOB_LIFE
+            && let Some(digest) = staged_digest(&leftover.name)
+            && let Some(_slot) = take(digest)
         {
-            fs::remove_file(ingest.join(&left.name))?;
+            fs::remove_file(ingest.join(&leftover.name))?;
         }
     }
     Ok(())
@@ -89,22 +89,22 @@ impl StagedState {
     }
 
     /// In the writer's order: a visible blob is on disk and has its metadata.
-    fn commit(&self, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    fn commit(&self, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let not_written = |error| self.folder.write_error(self.digest, &error);
         let mut guard = self.open();
         let closed = || StoreError::Other(format!("{} is closed for writing", self.digest));
         let open = guard.as_mut().ok_or_else(closed)?;
         self.file.seal().map_err(not_written)?;
-        let changing = self.folder.lock();
-        self.folder.add_metadata(&changing, self.digest, remembered)?;
+        let folder_guard = self.folder.lock();
+        self.folder.add_metadata(&folder_guard, self.digest, metadata)?;
         if !open.is_in_blobs {
             fs::rename(self.file.path(), blob_path(&self.folder.root, self.digest)).map_err(not_written)?;
             open.is_in_blobs = true;
         }
         sync_folder(&self.folder.path(BLOBS)).map_err(not_written)?;
         *guard = None;
-        drop(changing);
-        self.folder.changed();
+        drop(folder_guard);
+        self.folder.record_change();
         Ok(())
     }
 }
@@ -120,12 +120,12 @@ impl StagedBlob for LayoutStagedBlob {
         file.write_at(offset, chunks).await.map_err(|error| folder.write_error(*digest, &error))
     }
 
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        let read = self.inner.file.read_at(offset, most).await;
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
+        let read = self.inner.file.read_at(offset, limit).await;
         read.map_err(|error| io_error(self.inner.file.path(), &error))
     }
 
-    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(&self, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let (digest, size) = (self.inner.digest, self.inner.file.size());
         if proof.digest() != digest || proof.size() != size {
             let (proved, length) = (proof.digest(), proof.size());
@@ -133,8 +133,8 @@ impl StagedBlob for LayoutStagedBlob {
                 "the proof is for {length} bytes of {proved}, staged were {size} of {digest}"
             )));
         }
-        let (inner, remembered) = (Arc::clone(&self.inner), remembered.clone());
-        let committed = tokio::task::spawn_blocking(move || inner.commit(&remembered)).await;
+        let (inner, metadata) = (Arc::clone(&self.inner), metadata.clone());
+        let committed = tokio::task::spawn_blocking(move || inner.commit(&metadata)).await;
         committed.unwrap_or_else(|panicked| Err(StoreError::Other(format!("committing panicked: {panicked}"))))
     }
 

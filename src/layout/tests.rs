@@ -23,13 +23,13 @@ impl LayoutUnderTest {
         serde_json::from_slice(&fs::read(self.root.path().join(file)).unwrap()).unwrap()
     }
 
-    async fn write(&self, bytes: &[u8], pin: &Pin, remembered: &BlobMetadata) -> Descriptor {
+    async fn write(&self, bytes: &[u8], pin: &Pin, metadata: &BlobMetadata) -> Descriptor {
         let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
         let mut hasher = Hasher::default();
         hasher.update(bytes);
         let mut writer = self.store.create(digest, size, pin).await.unwrap();
         writer.append(&[Bytes::copy_from_slice(bytes)]).await.unwrap();
-        writer.commit(hasher.verify(digest, size).unwrap(), remembered).await.unwrap();
+        writer.commit(hasher.verify(digest, size).unwrap(), metadata).await.unwrap();
         Descriptor { media_type: "m".into(), digest, size, platform: None, attestation: false }
     }
 }
@@ -58,10 +58,10 @@ impl StoreUnderTest for LayoutUnderTest {
 
     /// A copy of the folder is the state after a kill, without any cleanup.
     async fn restart(&mut self, unfinished: UnfinishedWrite) {
-        let left = tempfile::tempdir().unwrap();
-        copy(self.root.path(), left.path());
+        let copied = tempfile::tempdir().unwrap();
+        copy(self.root.path(), copied.path());
         drop(unfinished);
-        *self = Self { store: LayoutStore::open(left.path()).unwrap(), root: left };
+        *self = Self { store: LayoutStore::open(copied.path()).unwrap(), root: copied };
     }
 }
 
@@ -127,14 +127,14 @@ async fn source_repositories_are_kept_until_the_blob_is_collected() {
     let blob = disk.write(b"blob", &pin, &BlobMetadata { source: from("one"), children: vec![child] }).await;
     disk.store.add_metadata(blob.digest, &BlobMetadata { source: from("two"), children: vec![] }).await.unwrap();
 
-    let notes = format!("remembered/{}.json", blob.digest.hex());
-    let sources = disk.json(&notes)["sources"].clone();
+    let metadata_file = format!("remembered/{}.json", blob.digest.hex());
+    let sources = disk.json(&metadata_file)["sources"].clone();
     assert_eq!(
         sources,
         serde_json::json!([{ "registry": "example.org", "path": "one" }, { "registry": "example.org", "path": "two" }])
     );
     disk.store.release(pin).await.unwrap();
-    assert!(!disk.root.path().join(notes).exists());
+    assert!(!disk.root.path().join(metadata_file).exists());
 }
 
 #[tokio::test]
@@ -176,7 +176,7 @@ async fn a_staging_file_is_removed_after_the_lifetime() {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<HashSet<_>>()
     };
     let named = |all: &[&[u8]]| all.iter().map(|bytes| Digest::of(bytes).hex() + ".staged").collect::<HashSet<_>>();
-    let (old, held) = (STAGED_BLOB_LIFE + Duration::from_secs(60), staged(&disk, b"held").await);
+    let (old, open_blob) = (STAGED_BLOB_LIFE + Duration::from_secs(60), staged(&disk, b"held").await);
     drop(staged(&disk, b"young").await);
     drop(staged(&disk, b"old").await);
     age(&disk, b"old", old);
@@ -186,7 +186,7 @@ async fn a_staging_file_is_removed_after_the_lifetime() {
 
     age(&disk, b"next", old);
     age(&disk, b"young", STAGED_BLOB_LIFE - Duration::from_secs(60));
-    drop(held);
+    drop(open_blob);
     let LayoutUnderTest { root, store } = disk;
     drop(store);
     disk = LayoutUnderTest { store: LayoutStore::open(root.path()).unwrap(), root };
@@ -206,7 +206,7 @@ fn a_folder_has_one_owner() {
 }
 
 #[test]
-fn a_folder_with_something_else_in_it_is_left_alone() {
+fn a_folder_with_other_content_is_left_alone() {
     let root = tempfile::tempdir().unwrap();
     fs::write(root.path().join("thesis.tex"), "x").unwrap();
     assert!(matches!(LayoutStore::open(root.path()), Err(LayoutError::Foreign(_))));

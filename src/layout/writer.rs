@@ -53,11 +53,11 @@ impl LayoutWriter {
     }
 
     /// Syncs the bytes, writes the metadata, then renames the file: a visible blob has both.
-    fn finish(&self, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    fn finish(&self, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let not_written = |error| self.folder.write_error(self.digest, &error);
         self.file.sync_all().map_err(not_written)?;
-        let changing = self.folder.lock();
-        self.folder.add_metadata(&changing, self.digest, remembered)?;
+        let folder_guard = self.folder.lock();
+        self.folder.add_metadata(&folder_guard, self.digest, metadata)?;
         fs::rename(self.folder.staging_path(self.digest), blob_path(&self.folder.root, self.digest))
             .map_err(not_written)?;
         sync_folder(&self.folder.path(BLOBS)).map_err(not_written)
@@ -115,7 +115,7 @@ fn write_all(file: &mut File, chunks: &[Bytes]) -> io::Result<()> {
 
 #[async_trait]
 impl BlobWriter for LayoutWriter {
-    async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         if proof.digest() != self.digest || proof.size() != self.written {
             return Err(StoreError::Other(format!(
                 "the proof is for {} bytes of {}, written were {} of {}",
@@ -125,10 +125,10 @@ impl BlobWriter for LayoutWriter {
                 self.digest
             )));
         }
-        let remembered = remembered.clone();
+        let metadata = metadata.clone();
         let finished = tokio::task::spawn_blocking(move || {
-            self.finish(&remembered)?;
-            self.folder.changed();
+            self.finish(&metadata)?;
+            self.folder.record_change();
             Ok(())
         });
         finished.await.unwrap_or_else(|panicked| Err(StoreError::Other(format!("committing panicked: {panicked}"))))

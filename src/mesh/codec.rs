@@ -68,15 +68,15 @@ impl request_response::Codec for MeshCodec {
         wire::decode_in(&frame, self.0).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
     }
 
-    async fn write_request<T>(&mut self, protocol: &MeshProtocol, io: &mut T, question: Vec<u8>) -> io::Result<()>
+    async fn write_request<T>(&mut self, protocol: &MeshProtocol, io: &mut T, request: Vec<u8>) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
         if !protocol.format.is_previous() {
-            return io.write_all(&question).await;
+            return io.write_all(&request).await;
         }
-        let question = wire::decode_in::<SyncRequest>(&question, self.0).map_err(io::Error::other)?;
-        io.write_all(&wire::encode_in(&question, protocol.format).map_err(io::Error::other)?).await
+        let request = wire::decode_in::<SyncRequest>(&request, self.0).map_err(io::Error::other)?;
+        io.write_all(&wire::encode_in(&request, protocol.format).map_err(io::Error::other)?).await
     }
 
     async fn write_response<T>(&mut self, protocol: &MeshProtocol, io: &mut T, reply: SyncReply) -> io::Result<()>
@@ -111,19 +111,19 @@ mod tests {
 
     use super::*;
 
-    const TODAY: MeshCodec = MeshCodec(Versions::GOSSIP);
+    const CURRENT: MeshCodec = MeshCodec(Versions::GOSSIP);
 
     fn protocol() -> MeshProtocol {
         MeshProtocol::of(Versions::GOSSIP.current())
     }
 
-    async fn passes(from: &mut MeshCodec, to: &mut MeshCodec, sent: &MeshProtocol, received: &MeshProtocol) {
-        let question = SyncRequest::Compare(vec![1, 2, 3]);
-        let encoded = wire::encode_in(&question, from.0.current()).unwrap();
+    async fn assert_passes(from: &mut MeshCodec, to: &mut MeshCodec, sent: &MeshProtocol, received: &MeshProtocol) {
+        let request = SyncRequest::Compare(vec![1, 2, 3]);
+        let encoded = wire::encode_in(&request, from.0.current()).unwrap();
         let mut stream = Cursor::new(Vec::new());
         from.write_request(sent, &mut stream, encoded).await.unwrap();
-        let asked = to.read_request(received, &mut Cursor::new(stream.into_inner())).await.unwrap();
-        assert_eq!(wire::decode_in::<SyncRequest>(&asked, to.0).unwrap(), question);
+        let decoded = to.read_request(received, &mut Cursor::new(stream.into_inner())).await.unwrap();
+        assert_eq!(wire::decode_in::<SyncRequest>(&decoded, to.0).unwrap(), request);
 
         let reply = SyncReply::Entries(Vec::new());
         let mut stream = Cursor::new(Vec::new());
@@ -133,31 +133,31 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_question_and_a_reply_pass() {
-        passes(&mut TODAY.clone(), &mut TODAY.clone(), &protocol(), &protocol()).await;
+    async fn a_sync_request_and_a_reply_pass() {
+        assert_passes(&mut CURRENT.clone(), &mut CURRENT.clone(), &protocol(), &protocol()).await;
     }
 
     #[tokio::test]
-    async fn a_question_and_a_reply_pass_between_neighboring_majors() {
+    async fn a_sync_request_and_a_reply_pass_between_neighboring_majors() {
         let versions = Versions::GOSSIP.after_next_major();
         let (mut next, previous) = (MeshCodec(versions), MeshProtocol::of(versions.previous().unwrap()));
         assert_eq!(previous.as_ref(), protocol().as_ref());
-        passes(&mut next, &mut TODAY.clone(), &previous, &protocol()).await;
-        passes(&mut TODAY.clone(), &mut next, &protocol(), &previous).await;
+        assert_passes(&mut next, &mut CURRENT.clone(), &previous, &protocol()).await;
+        assert_passes(&mut CURRENT.clone(), &mut next, &protocol(), &previous).await;
     }
 
     #[tokio::test]
     async fn a_request_and_a_response_are_read_up_to_their_limits() {
         let mut endless = futures::io::repeat(0);
-        let question = TODAY.clone().read_request(&protocol(), &mut endless).await.unwrap();
-        assert_eq!(question.len(), HEADER + SyncRequest::LIMIT + 1);
-        assert!(TODAY.clone().read_response(&protocol(), &mut endless).await.is_err());
+        let frame = CURRENT.clone().read_request(&protocol(), &mut endless).await.unwrap();
+        assert_eq!(frame.len(), HEADER + SyncRequest::LIMIT + 1);
+        assert!(CURRENT.clone().read_response(&protocol(), &mut endless).await.is_err());
     }
 
     #[tokio::test]
     async fn a_malformed_message_is_distinguished_from_a_broken_stream() {
-        let mut nonsense = Cursor::new(vec![0xff; 20]);
-        let error = TODAY.clone().read_response(&protocol(), &mut nonsense).await.unwrap_err();
+        let mut malformed = Cursor::new(vec![0xff; 20]);
+        let error = CURRENT.clone().read_response(&protocol(), &mut malformed).await.unwrap_err();
         assert!(matches!(wire_error(&error), Some(WireError::Version { .. })), "{error}");
         assert!(wire_error(&io::Error::from(io::ErrorKind::ConnectionReset)).is_none());
     }

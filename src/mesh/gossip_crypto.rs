@@ -54,7 +54,7 @@ fn verify_credential(
         Ok(admitted) => Ok(VerifiedCredential {
             node: admitted.node,
             pod: admitted.pod,
-            life: admitted.valid_until.saturating_sub(now),
+            lifetime: admitted.valid_until.saturating_sub(now),
         }),
         Err(Rejection::Denied(_)) => Err(CredentialRejection::Rejected),
         Err(Rejection::Undecided(_)) => Err(CredentialRejection::Undecided),
@@ -70,21 +70,21 @@ mod tests {
     #[test]
     fn a_signature_verifies_with_its_own_key_alone() {
         let identity = Identity::generate();
-        let keys = GossipCrypto::new(identity.keypair(), Arc::new(DenyListAdmission::default()));
-        let signature = keys.sign(b"text");
-        assert!(keys.is_signed(identity.peer_id(), b"text", &signature));
-        assert!(!keys.is_signed(identity.peer_id(), b"texts", &signature));
-        assert!(!keys.is_signed(Identity::generate().peer_id(), b"text", &signature));
+        let crypto = GossipCrypto::new(identity.keypair(), Arc::new(DenyListAdmission::default()));
+        let signature = crypto.sign(b"text");
+        assert!(crypto.is_signed(identity.peer_id(), b"text", &signature));
+        assert!(!crypto.is_signed(identity.peer_id(), b"texts", &signature));
+        assert!(!crypto.is_signed(Identity::generate().peer_id(), b"text", &signature));
         let Signature(r, mut s) = signature;
         s[0] ^= 1;
-        assert!(!keys.is_signed(identity.peer_id(), b"text", &Signature(r, s)));
+        assert!(!crypto.is_signed(identity.peer_id(), b"text", &Signature(r, s)));
     }
 
     #[test]
     fn an_expired_verdict_has_no_life_left() {
         let peer = Identity::generate().peer_id();
         let life =
-            |now| verify_credential(&DenyListAdmission::default(), peer, &Credential::default(), now).unwrap().life;
+            |now| verify_credential(&DenyListAdmission::default(), peer, &Credential::default(), now).unwrap().lifetime;
         assert_eq!(life(DenyListAdmission::UNTIL - Duration::from_secs(5)), Duration::from_secs(5));
         assert_eq!(life(DenyListAdmission::UNTIL + Duration::from_secs(5)), Duration::ZERO);
     }

@@ -18,7 +18,7 @@ pub(super) struct NeighborRateLimits {
     /// Bytes of gossip messages.
     pub(super) bytes: RateLimit,
     /// Sync requests.
-    pub(super) questions: RateLimit,
+    pub(super) sync_requests: RateLimit,
     /// Requests for ranges of blobs.
     pub(super) ranges: RateLimit,
 }
@@ -34,7 +34,7 @@ impl NeighborRateLimits {
         bytes: RateLimit { burst: (96 << 20) as f64, per_second: (16 << 20) as f64 },
         // A neighbor that was cut off requests the entries of each of 256 members, two at a time,
         // and then the entries that are still missing.
-        questions: RateLimit { burst: 256.0, per_second: 64.0 },
+        sync_requests: RateLimit { burst: 256.0, per_second: 64.0 },
         // Eight images of the largest size at once, then 8.6 Gbit/s in ranges of 256 KiB.
         ranges: RateLimit { burst: 8_192.0, per_second: 4_096.0 },
     };

@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_response_that_is_cut_or_too_long_is_an_error() {
+    async fn a_response_that_is_truncated_or_too_long_is_an_error() {
         let whole = written(Answer::Absent.into()).await;
         for end in 0..whole.len() {
             assert!(read(whole[..end].to_vec()).await.is_err(), "{end} bytes");

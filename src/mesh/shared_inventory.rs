@@ -22,8 +22,8 @@ impl Default for SharedInventory {
 
 impl SharedInventory {
     /// Reads the inventory under a lock, so `question` must be short.
-    pub fn read<T>(&self, question: impl FnOnce(&Inventory) -> T) -> T {
-        question(&self.inventory.read().unwrap_or_else(PoisonError::into_inner))
+    pub fn read<T>(&self, query: impl FnOnce(&Inventory) -> T) -> T {
+        query(&self.inventory.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Applies one event, in processes without a mesh.

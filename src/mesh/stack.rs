@@ -67,7 +67,7 @@ const MAX_INBOUND: u32 = MAX_CONNECTIONS / 2;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Deadline of a sync request: a reply of at most 8 MiB takes some 7 s at 10 Mbit/s.
-pub(super) const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const SYNC_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// No connection lasts as long. libp2p halves a value that exceeds its clock, and logs each time.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 86_400);
@@ -81,10 +81,10 @@ pub(super) const MAX_SNAPSHOTS: usize = 2;
 
 /// Snapshots for all peers together: 64 MiB, however slow the readers are. A peer that gets
 /// [`Busy`](crate::model::SyncReply::Busy) requests from another neighbor.
-pub(super) const MAX_SNAPSHOTS_IN_ALL: usize = 8;
+pub(super) const MAX_TOTAL_SNAPSHOTS: usize = 8;
 
 /// Streams of sync requests on one connection: those of both sides.
-const MAX_QUESTION_STREAMS: usize = 2 * MAX_ANSWERING;
+const MAX_SYNC_STREAMS: usize = 2 * MAX_ANSWERING;
 
 /// Deadline of a request for a range. A rate limit leaves a transfer 32 KiB/s or more, at which 256
 /// KiB take 8 s; the rest is for the provider's content store.
@@ -160,10 +160,10 @@ fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Syn
     // The protocol counts silence itself. libp2p's own timeout hides the first failure, and then
     // waits up to 10 s for another stream.
     let ping = ping::Config::new().with_interval(PING_INTERVAL).with_timeout(Duration::from_secs(10));
-    let questions = request_response::Config::default()
-        .with_request_timeout(QUESTION_TIMEOUT)
-        .with_max_concurrent_streams(MAX_QUESTION_STREAMS);
-    let ranged = request_response::Config::default()
+    let sync_config = request_response::Config::default()
+        .with_request_timeout(SYNC_TIMEOUT)
+        .with_max_concurrent_streams(MAX_SYNC_STREAMS);
+    let range_config = request_response::Config::default()
         .with_request_timeout(RANGE_TIMEOUT)
         .with_max_concurrent_streams(MAX_RANGE_STREAMS);
     let protocols = versions.formats().map(|format| (MeshProtocol::of(format), ProtocolSupport::Full));
@@ -172,8 +172,8 @@ fn behaviour(versions: Versions) -> Result<Behaviour, Box<dyn Error + Send + Syn
         admitted: allow_block_list::Behaviour::default(),
         ping: ping::Behaviour::new(ping),
         gossip: gossip(versions)?,
-        questions: request_response::Behaviour::with_codec(MeshCodec(versions), protocols, questions),
-        ranges: request_response::Behaviour::new([(ranges::protocol(), ProtocolSupport::Full)], ranged),
+        questions: request_response::Behaviour::with_codec(MeshCodec(versions), protocols, sync_config),
+        ranges: request_response::Behaviour::new([(ranges::protocol(), ProtocolSupport::Full)], range_config),
     })
 }
 

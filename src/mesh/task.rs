@@ -42,7 +42,7 @@ pub struct MeshTask {
     connections: TaskTracker,
     commands: mpsc::Receiver<Command>,
     protocol: Protocol<GossipCrypto>,
-    table: SharedInventory,
+    inventory: SharedInventory,
     metrics: Metrics,
     neighbors: Neighbors,
     /// Open connections, with the protocol's identifiers.
@@ -51,7 +51,7 @@ pub struct MeshTask {
     /// Dials in flight.
     dials: HashMap<ConnectionId, PeerId>,
     /// Sync requests in flight.
-    open_questions: HashMap<OutboundRequestId, exchange::OpenQuestion>,
+    open_requests: HashMap<OutboundRequestId, exchange::OpenRequest>,
     ranges: RangeRequests,
     connected: ConnectedPeers,
     pending_events: VecDeque<MembershipEvent>,
@@ -69,24 +69,24 @@ impl MeshTask {
         connections: TaskTracker,
         commands: mpsc::Receiver<Command>,
         protocol: Protocol<GossipCrypto>,
-        table: SharedInventory,
+        inventory: SharedInventory,
         metrics: Metrics,
-        terms: MeshOptions,
+        options: MeshOptions,
         connected: ConnectedPeers,
     ) -> Self {
-        let MeshOptions { rate_limits: limits, versions } = terms;
+        let MeshOptions { rate_limits, versions } = options;
         Self {
             swarm,
             connections,
             commands,
             protocol,
-            table,
+            inventory,
             metrics,
-            neighbors: Neighbors::new(limits),
+            neighbors: Neighbors::new(rate_limits),
             links: HashMap::new(),
             next_link: 0,
             dials: HashMap::new(),
-            open_questions: HashMap::new(),
+            open_requests: HashMap::new(),
             ranges: RangeRequests::default(),
             connected,
             pending_events: VecDeque::new(),
@@ -136,14 +136,18 @@ impl MeshTask {
     fn handle_command(&mut self, command: Command) {
         let now = Instant::now();
         match command {
-            Command::Admit(peer, life) => self.with_inventory(|protocol, table| protocol.admit(peer, life, table, now)),
-            Command::RevokeAdmission(peer) => {
-                self.with_inventory(|protocol, table| protocol.remove_peer(peer, table, now))
+            Command::Admit(peer, life) => {
+                self.with_inventory(|protocol, inventory| protocol.admit(peer, life, inventory, now))
             }
-            Command::Unreachable(peer) => self.with_inventory(|protocol, table| protocol.dial_failed(peer, table, now)),
+            Command::RevokeAdmission(peer) => {
+                self.with_inventory(|protocol, inventory| protocol.remove_peer(peer, inventory, now))
+            }
+            Command::Unreachable(peer) => {
+                self.with_inventory(|protocol, inventory| protocol.dial_failed(peer, inventory, now))
+            }
             Command::Rejected(peer) => self.protocol.rejected_by_peer(peer, now),
             Command::Suspect(peer) => {
-                self.with_inventory(|protocol, table| protocol.suspect_provider(peer, table, now))
+                self.with_inventory(|protocol, inventory| protocol.suspect_provider(peer, inventory, now))
             }
             Command::Announce(changes) => {
                 let left_out = self.protocol.announce(changes);
@@ -165,11 +169,11 @@ impl MeshTask {
         self.expire(now);
         self.ranges.expire(now);
         self.neighbors.evict_idle(now);
-        self.with_inventory(|protocol, table| protocol.tick(table, now));
+        self.with_inventory(|protocol, inventory| protocol.tick(inventory, now));
     }
 
     fn status(&self, now: Instant) -> MeshStatus {
-        let mut status = self.table.read(|table| self.protocol.status(table, now));
+        let mut status = self.inventory.read(|inventory| self.protocol.status(inventory, now));
         (status.messages_in, status.messages_out) = (self.messages_in, self.messages_out);
         self.metrics.items_announced(status.items);
         status
@@ -177,7 +181,7 @@ impl MeshTask {
 
     /// Calls the protocol with exclusive access to the inventory.
     fn with_inventory<T>(&mut self, call: impl FnOnce(&mut Protocol<GossipCrypto>, &mut Inventory) -> T) -> T {
-        let Self { protocol, table, .. } = self;
+        let Self { protocol, inventory: table, .. } = self;
         table.modify(|inventory| call(protocol, inventory))
     }
 
@@ -186,7 +190,7 @@ impl MeshTask {
         while let Some(output) = self.protocol.next() {
             match output {
                 Output::Publish(message) => self.publish(&message),
-                Output::Request(ask, peer, question) => self.send_question(ask, peer, &question),
+                Output::Request(id, peer, request) => self.send_sync_request(id, peer, &request),
                 Output::Handshake(peer) => self.pending_events.push_back(MembershipEvent::Handshake(peer)),
                 Output::Dial(peer) => self.dial(&peer),
                 Output::Close(link, peer) => self.close(link, peer),
@@ -209,7 +213,7 @@ impl MeshTask {
     }
 
     fn emit(&mut self, event: MembershipEvent) {
-        self.table.mark_changed();
+        self.inventory.mark_changed();
         self.pending_events.push_back(event);
     }
 
@@ -236,7 +240,7 @@ impl MeshTask {
             Ok(()) => drop(self.dials.insert(connection, peer.id)),
             Err(error) => {
                 debug!(peer = %peer.id, %error, "libp2p rejected a dial");
-                self.with_inventory(|protocol, table| protocol.dial_failed(peer.id, table, Instant::now()));
+                self.with_inventory(|protocol, inventory| protocol.dial_failed(peer.id, inventory, Instant::now()));
             }
         }
     }
@@ -281,12 +285,12 @@ impl MeshTask {
             // The call fails only when the connection has just closed.
             let _ = self.swarm.disconnect_peer_id(peer);
         }
-        let gone = async {
+        let disconnected = async {
             while self.swarm.connected_peers().next().is_some() {
                 self.swarm.select_next_some().await;
             }
         };
-        let _ = tokio::time::timeout(CLOSE_TIMEOUT, gone).await;
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, disconnected).await;
         // The drop ends the tasks of all connections.
         drop(self.swarm);
         self.connections.close();

@@ -40,13 +40,13 @@ fn blob(text: &str) -> Digest {
 async fn an_announced_blob_and_its_withdrawal_reach_the_peers() {
     let (a, b) = connected_pair().await;
     let app = Repository { registry: "registry.test".into(), path: "team/app".into() };
-    let root = blob("root");
-    a.announce(root).await;
-    a.mesh.announce(vec![InventoryChange::Added(InventoryItem::Image(app.clone(), Some("v1".into()), root))]).await;
-    b.until("the image has a provider", |table| table.image_providers(&app, root) == [a.id()]).await;
-    assert_eq!(b.table.read(|table| table.tag(&app, "v1"))[&root], [a.id()]);
-    a.mesh.announce(vec![InventoryChange::Removed(InventoryItem::Blob(root))]).await;
-    b.until("the blob is withdrawn", |table| table.blob_providers(root).is_empty()).await;
+    let digest = blob("root");
+    a.announce(digest).await;
+    a.mesh.announce(vec![InventoryChange::Added(InventoryItem::Image(app.clone(), Some("v1".into()), digest))]).await;
+    b.until("the image has a provider", |inventory| inventory.image_providers(&app, digest) == [a.id()]).await;
+    assert_eq!(b.inventory.read(|inventory| inventory.tag(&app, "v1"))[&digest], [a.id()]);
+    a.mesh.announce(vec![InventoryChange::Removed(InventoryItem::Blob(digest))]).await;
+    b.until("the blob is withdrawn", |inventory| inventory.blob_providers(digest).is_empty()).await;
 }
 
 #[tokio::test]
@@ -84,7 +84,7 @@ async fn a_relayed_entry_is_accepted_by_its_publishers_signature() {
         a.announce(blob(text)).await;
         c.until_provides(a.id(), blob(text)).await;
     }
-    let neighbors = |status: MeshStatus| status.members.iter().filter(|one| one.neighbor).count();
+    let neighbors = |status: MeshStatus| status.members.iter().filter(|member| member.neighbor).count();
     assert_eq!(
         neighbors(c.mesh.status().await.unwrap()),
         1,
@@ -107,7 +107,7 @@ async fn a_peer_whose_admission_is_revoked_is_down_until_it_is_admitted_again() 
 }
 
 #[tokio::test]
-async fn a_restarted_node_comes_back_with_its_new_inventory_alone() {
+async fn a_restarted_node_is_listed_with_its_new_inventory_alone() {
     let (a, b) = connected_pair().await;
     let network = a.network.clone();
     b.announce(blob("before")).await;
@@ -128,16 +128,16 @@ async fn a_restarted_node_comes_back_with_its_new_inventory_alone() {
 }
 
 #[tokio::test]
-async fn a_stopping_agent_publishes_its_farewell_before_its_connections_close() {
+async fn a_stopping_agent_publishes_its_leave_message_before_its_connections_close() {
     let (a, _b) = connected_pair().await;
-    let mut witness = RawPeer::known_to(&a).await;
+    let mut observer = RawPeer::introduced_to(&a).await;
     let id = a.id();
     let stopped = tokio::spawn(a.stop());
-    let farewell = witness
+    let notice = observer
         .until("a leave message", |event| match event {
             SwarmEvent::Behaviour(BehaviourEvent::Gossip(gossipsub::Event::Message { message, .. })) => {
                 match crate::wire::decode(&message.data).unwrap() {
-                    Gossip::Leave(farewell) => Some(farewell),
+                    Gossip::Leave(notice) => Some(notice),
                     _ => None,
                 }
             }
@@ -145,22 +145,26 @@ async fn a_stopping_agent_publishes_its_farewell_before_its_connections_close() 
             _ => None,
         })
         .await;
-    assert_eq!(farewell.peer, id);
-    witness.while_driven(stopped).await.unwrap();
+    assert_eq!(notice.peer, id);
+    observer.while_driven(stopped).await.unwrap();
 }
 
 /// Forwards bytes between two nodes. While `cut` is true, the proxy drops bytes as a cut network
 /// does: no reset, only silence.
-async fn start_proxy(target: SocketAddr, cut: watch::Receiver<bool>) -> (SocketAddr, JoinHandle<()>) {
-    async fn pump(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, cut: watch::Receiver<bool>) {
+async fn start_proxy(target: SocketAddr, is_blocked: watch::Receiver<bool>) -> (SocketAddr, JoinHandle<()>) {
+    async fn pump(
+        mut from: impl AsyncReadExt + Unpin,
+        mut to: impl AsyncWriteExt + Unpin,
+        is_blocked: watch::Receiver<bool>,
+    ) {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(read @ 1..) = from.read(&mut buffer).await {
-            if !*cut.borrow() && to.write_all(&buffer[..read]).await.is_err() {
+            if !*is_blocked.borrow() && to.write_all(&buffer[..read]).await.is_err() {
                 return;
             }
         }
         // The proxy drops the end of the stream too.
-        if *cut.borrow() {
+        if *is_blocked.borrow() {
             std::future::pending::<()>().await;
         }
     }
@@ -172,8 +176,8 @@ async fn start_proxy(target: SocketAddr, cut: watch::Receiver<bool>) -> (SocketA
             let (near, _) = listener.accept().await.unwrap();
             let Ok(far) = TcpStream::connect(target).await else { continue };
             let ((near_read, near_write), (far_read, far_write)) = (near.into_split(), far.into_split());
-            pumps.spawn(pump(near_read, far_write, cut.clone()));
-            pumps.spawn(pump(far_read, near_write, cut.clone()));
+            pumps.spawn(pump(near_read, far_write, is_blocked.clone()));
+            pumps.spawn(pump(far_read, near_write, is_blocked.clone()));
         }
     });
     (address, proxy)
@@ -182,11 +186,12 @@ async fn start_proxy(target: SocketAddr, cut: watch::Receiver<bool>) -> (SocketA
 #[tokio::test]
 async fn a_silent_peer_is_down_and_up_again_when_its_messages_return() {
     let network = TestNetwork::default();
-    let silent = || MeshTestNode::start_unannounced(NodeOptions { network: network.clone(), ..NodeOptions::default() });
-    let (a, b) = (silent().await, silent().await);
-    let (switch, cut) = watch::channel(false);
-    let (to_b, proxy_b) = start_proxy(b.address, cut.clone()).await;
-    let (to_a, proxy_a) = start_proxy(a.address, cut).await;
+    let start_node =
+        || MeshTestNode::start_unannounced(NodeOptions { network: network.clone(), ..NodeOptions::default() });
+    let (a, b) = (start_node().await, start_node().await);
+    let (switch, is_blocked) = watch::channel(false);
+    let (to_b, proxy_b) = start_proxy(b.address, is_blocked.clone()).await;
+    let (to_a, proxy_a) = start_proxy(a.address, is_blocked).await;
     a.introduce(to_a).await;
     b.introduce(to_b).await;
     network.connect(a.id(), b.id()).await;
@@ -212,14 +217,14 @@ async fn a_large_inventory_arrives_as_one_snapshot() {
     let item = |n: usize| InventoryItem::Blob(Digest::of(&n.to_le_bytes()));
     a.mesh.announce((0..number).map(|n| InventoryChange::Added(item(n))).collect()).await;
     network.connect(a.id(), b.id()).await;
-    b.until("all items have arrived", |table| table.items_of(a.id()) == number).await;
+    b.until("all items have arrived", |inventory| inventory.items_of(a.id()) == number).await;
     // A follower gets a change of this size as a snapshot again, not by gossip.
     a.mesh.announce((0..number).map(|n| InventoryChange::Removed(item(n))).collect()).await;
-    b.until("all items are withdrawn", |table| table.items_of(a.id()) == 0).await;
+    b.until("all items are withdrawn", |inventory| inventory.items_of(a.id()) == 0).await;
 }
 
 #[tokio::test]
-async fn five_nodes_that_dialled_one_have_the_inventory_of_all() {
+async fn five_nodes_that_dialed_one_have_the_inventory_of_all() {
     let network = TestNetwork::default();
     let mut nodes = Vec::new();
     for _ in 0..5 {
@@ -234,7 +239,8 @@ async fn five_nodes_that_dialled_one_have_the_inventory_of_all() {
     let ids: BTreeSet<PeerId> = nodes.iter().map(MeshTestNode::id).collect();
     for node in &nodes {
         let others: Vec<_> = ids.iter().filter(|id| **id != node.id()).collect();
-        node.until("all nodes' items have arrived", |table| others.iter().all(|id| table.items_of(**id) == 1)).await;
+        node.until("all nodes' items have arrived", |inventory| others.iter().all(|id| inventory.items_of(**id) == 1))
+            .await;
     }
 }
 

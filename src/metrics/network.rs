@@ -8,7 +8,7 @@ use super::register::{Register, counter, counters, gauge};
 #[derive(Clone)]
 pub(super) struct NetworkMetrics {
     admin_rejected: IntCounterVec,
-    name_look_ups: IntCounterVec,
+    dns_lookups: IntCounterVec,
     udp_blocked: IntGauge,
     clock_skew: IntGauge,
     fetched_over_tcp: IntCounter,
@@ -24,7 +24,7 @@ impl NetworkMetrics {
                 "Connections that the admin port closed at once, by the limit that was reached: address, subnet, all.",
                 "reason",
             ),
-            name_look_ups: counters(
+            dns_lookups: counters(
                 r,
                 "dns_lookups_total",
                 "Lookups of names of first peers, by result: answered, unanswered.",
@@ -79,7 +79,7 @@ impl Metrics {
     /// A name of first peers was resolved, or no DNS server answered.
     pub fn names_looked_up(&self, answered: bool) {
         let result = if answered { "answered" } else { "unanswered" };
-        self.network.name_look_ups.with_label_values(&[result]).inc();
+        self.network.dns_lookups.with_label_values(&[result]).inc();
     }
 
     /// The admin port rejected a connection: `address`, `subnet`, `all`.

@@ -35,9 +35,9 @@ impl Bits {
 
     /// The set bits, in ascending order.
     pub fn ones(&self) -> impl Iterator<Item = usize> + '_ {
-        let of_byte = |(place, byte): (usize, &u8)| {
+        let of_byte = |(index, byte): (usize, &u8)| {
             let byte = *byte;
-            (0..8).filter(move |bit| byte & 1 << bit != 0).map(move |bit| place * 8 + bit)
+            (0..8).filter(move |bit| byte & 1 << bit != 0).map(move |bit| index * 8 + bit)
         };
         self.0.iter().enumerate().flat_map(of_byte)
     }

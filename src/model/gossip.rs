@@ -315,8 +315,8 @@ impl Introduction {
 impl Suspicion {
     /// The bytes that the witness signs.
     pub fn signed_bytes(&self) -> Vec<u8> {
-        let Self { suspect: accused, epoch, incarnation, witness: by, signature: _ } = self;
-        signed_text("suspicion", &[*accused, *by], &[*epoch, *incarnation])
+        let Self { suspect, epoch, incarnation, witness, signature: _ } = self;
+        signed_text("suspicion", &[*suspect, *witness], &[*epoch, *incarnation])
     }
 }
 

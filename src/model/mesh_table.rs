@@ -29,7 +29,7 @@ impl MeshStatus {
         let behind: Vec<_> = self.members.iter().map(|member| member.behind).filter(|behind| *behind > 0).collect();
         let lag = match behind.iter().max() {
             None => "none".to_owned(),
-            Some(most) => format!("behind {} members, by {most} announcements at most", behind.len()),
+            Some(max) => format!("behind {} members, by {max} announcements at most", behind.len()),
         };
         vec![
             format!("{alive} alive, {suspected} suspected, {down} down, {banned} banned; {neighbors} neighbors"),
@@ -113,12 +113,12 @@ fn counts<'a>(names: impl Iterator<Item = Option<&'a str>>) -> String {
 }
 
 /// Shortens a text to `most` characters, by leaving out the middle.
-fn shorten(text: &str, most: usize) -> String {
+fn shorten(text: &str, limit: usize) -> String {
     let characters: Vec<char> = text.chars().collect();
-    if characters.len() <= most {
+    if characters.len() <= limit {
         return text.to_owned();
     }
-    let (head, tail) = (most / 2, most - most / 2 - 1);
+    let (head, tail) = (limit / 2, limit - limit / 2 - 1);
     let parts = [&characters[..head], &['…'], &characters[characters.len() - tail..]];
     parts.concat().into_iter().collect()
 }

@@ -221,10 +221,10 @@ impl Index {
     ///
     /// containerd tries no second entry and reads no annotation: an attestation without a platform
     /// is chosen too, and its configuration then matches no node.
-    pub fn select(&self, here: &Platform) -> Option<&Descriptor> {
+    pub fn select(&self, platform: &Platform) -> Option<&Descriptor> {
         let mut best: Option<(u8, &Descriptor)> = None;
         for entry in &self.manifests {
-            let Some(rank) = entry.platform.as_ref().and_then(|offered| here.preference(offered)) else { continue };
+            let Some(rank) = entry.platform.as_ref().and_then(|offered| platform.preference(offered)) else { continue };
             // The first of equals wins, as in containerd.
             if best.is_none_or(|(highest, _)| rank > highest) {
                 best = Some((rank, entry));
@@ -238,9 +238,9 @@ impl Index {
     /// (`images.LimitManifests` without a filter): the best match, else the first entry that names
     /// a platform, else the first entry. CRI lists no image without these documents, although
     /// containers are made from the entry of [`Index::select`].
-    pub fn select_for_size(&self, here: &Platform) -> Option<&Descriptor> {
+    pub fn select_for_size(&self, platform: &Platform) -> Option<&Descriptor> {
         let has_platform = |entry: &&Descriptor| entry.platform.is_some();
-        let best = self.select(here).filter(has_platform);
+        let best = self.select(platform).filter(has_platform);
         best.or_else(|| self.manifests.iter().find(has_platform)).or_else(|| self.manifests.first())
     }
 }

@@ -56,8 +56,8 @@ impl HashState {
     /// The 32 bytes of the state: the words in big endian, as in a digest.
     pub fn to_bytes(self) -> [u8; 32] {
         let mut bytes = [0; 32];
-        for (place, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
-            *place = word.to_be_bytes();
+        for (chunk, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(self.0) {
+            *chunk = word.to_be_bytes();
         }
         bytes
     }
@@ -65,8 +65,8 @@ impl HashState {
     /// A state from its 32 bytes.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         let mut words = [0; 8];
-        for (word, place) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
-            *word = u32::from_be_bytes(*place);
+        for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *word = u32::from_be_bytes(*chunk);
         }
         Self(words)
     }
@@ -209,14 +209,10 @@ impl HashChain {
     ///
     /// # Errors
     /// [`ChainLengthError`] unless there is one state between each two pieces.
-    pub fn unverified(digest: Digest, cut: PieceLayout, states: Vec<HashState>) -> Result<Self, ChainLengthError> {
-        let expected = cut.piece_count() - 1;
+    pub fn unverified(digest: Digest, layout: PieceLayout, states: Vec<HashState>) -> Result<Self, ChainLengthError> {
+        let expected = layout.piece_count() - 1;
         let found = states.len();
-        if found == expected {
-            Ok(Self { digest, layout: cut, states })
-        } else {
-            Err(ChainLengthError { found, expected })
-        }
+        if found == expected { Ok(Self { digest, layout, states }) } else { Err(ChainLengthError { found, expected }) }
     }
 
     /// The blob's digest, at which the last link ends.
@@ -249,8 +245,8 @@ impl HashChain {
 
     /// The state before this piece; beyond the last piece, the state before the last piece.
     fn start_state(&self, piece: usize) -> HashState {
-        let place = piece.min(self.layout.piece_count() - 1).checked_sub(1);
-        place.map_or(HashState::INITIAL, |place| self.states[place])
+        let index = piece.min(self.layout.piece_count() - 1).checked_sub(1);
+        index.map_or(HashState::INITIAL, |index| self.states[index])
     }
 }
 
@@ -305,11 +301,11 @@ pub struct HashChainBuilder {
 
 impl HashChainBuilder {
     /// A builder for a blob of this layout.
-    pub fn new(cut: PieceLayout) -> Self {
+    pub fn new(layout: PieceLayout) -> Self {
         Self {
-            layout: cut,
+            layout,
             hash: StreamingHash::new(HashState::INITIAL),
-            states: Vec::with_capacity(cut.piece_count() - 1),
+            states: Vec::with_capacity(layout.piece_count() - 1),
         }
     }
 

@@ -40,8 +40,8 @@ impl Platform {
     /// features of the operating system do not count there.
     pub fn preference(&self, offered: &Platform) -> Option<u8> {
         let offered = offered.normalized();
-        let place = self.normalized().compatible_platforms().position(|platform| platform == offered)?;
-        Some(u8::MAX.saturating_sub(place.try_into().unwrap_or(u8::MAX)))
+        let index = self.normalized().compatible_platforms().position(|platform| platform == offered)?;
+        Some(u8::MAX.saturating_sub(index.try_into().unwrap_or(u8::MAX)))
     }
 
     /// The platforms that run on this one, the best first (containerd: `platformVector`). `self` is
@@ -57,13 +57,14 @@ impl Platform {
             "arm64" => (5..=8).rev().map(|version| ("arm", version)).collect(),
             _ => Vec::new(),
         };
-        let of = |architecture: &str, variant: Option<String>| {
+        let platform_of = |architecture: &str, variant: Option<String>| {
             Self { architecture: architecture.into(), os: self.os.clone(), variant }.normalized()
         };
         let mut platforms = vec![self.clone()];
-        platforms
-            .extend(lower.into_iter().map(|(architecture, version)| of(architecture, Some(format!("v{version}")))));
-        platforms.extend((self.architecture == "amd64").then(|| of("386", None)));
+        platforms.extend(
+            lower.into_iter().map(|(architecture, version)| platform_of(architecture, Some(format!("v{version}")))),
+        );
+        platforms.extend((self.architecture == "amd64").then(|| platform_of("386", None)));
         platforms.into_iter()
     }
 
@@ -110,7 +111,7 @@ mod tests {
 
     #[test]
     fn an_image_runs_where_its_platform_says() {
-        for (here, offered, runs) in [
+        for (node, offered, runs) in [
             ("linux/amd64", "linux/amd64", true),
             ("linux/amd64", "linux/amd64/v1", true),
             ("linux/amd64", "linux/amd64/v2", false),
@@ -137,29 +138,29 @@ mod tests {
             ("linux/arm/v6", "linux/arm/v7", false),
             ("linux/amd64", "unknown/unknown", false),
         ] {
-            assert_eq!(platform(here).preference(&platform(offered)).is_some(), runs, "{offered} on {here}");
+            assert_eq!(platform(node).preference(&platform(offered)).is_some(), runs, "{offered} on {node}");
         }
     }
 
     #[test]
     fn the_closest_variant_is_preferred() {
-        for (here, best_first) in [
+        for (node, best_first) in [
             ("linux/arm/v7", &["linux/arm/v7", "linux/arm/v6", "linux/arm/v5"][..]),
             ("linux/arm64/v8", &["linux/arm64", "linux/arm/v8", "linux/arm/v7", "linux/arm/v5"]),
             ("linux/amd64", &["linux/amd64/v1", "linux/386"]),
         ] {
             let preferences: Vec<_> =
-                best_first.iter().map(|offered| platform(here).preference(&platform(offered))).collect();
-            assert!(preferences.is_sorted_by(|better, worse| better > worse), "on {here}: {preferences:?}");
+                best_first.iter().map(|offered| platform(node).preference(&platform(offered))).collect();
+            assert!(preferences.is_sorted_by(|better, worse| better > worse), "on {node}: {preferences:?}");
         }
     }
 
     #[test]
     fn a_configuration_without_a_platform_matches_no_node() {
-        let of = |json: &str| serde_json::from_str::<Platform>(json).unwrap();
-        assert_eq!(of(r#"{"architecture":"amd64","os":"linux","rootfs":{}}"#), platform("linux/amd64"));
-        assert!(platform("linux/amd64").preference(&of(r#"{"architecture":"amd64"}"#)).is_some());
-        assert_eq!(platform("linux/amd64").preference(&of("{}")), None);
+        let parse = |json: &str| serde_json::from_str::<Platform>(json).unwrap();
+        assert_eq!(parse(r#"{"architecture":"amd64","os":"linux","rootfs":{}}"#), platform("linux/amd64"));
+        assert!(platform("linux/amd64").preference(&parse(r#"{"architecture":"amd64"}"#)).is_some());
+        assert_eq!(platform("linux/amd64").preference(&parse("{}")), None);
     }
 
     #[test]

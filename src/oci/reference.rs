@@ -180,19 +180,19 @@ fn is_host(text: &str) -> bool {
 
 /// `[a-z0-9]+` joined by `.`, `_`, `__` or any number of `-`.
 fn is_path_component(text: &str) -> bool {
-    let word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let is_word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = text.as_bytes();
-    let edges = bytes.first().is_some_and(|&b| word(b)) && bytes.last().is_some_and(|&b| word(b));
+    let edges = bytes.first().is_some_and(|&b| is_word(b)) && bytes.last().is_some_and(|&b| is_word(b));
     let separators = text.split(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
     edges && separators.into_iter().all(|sep| matches!(sep, "" | "." | "_" | "__") || sep.bytes().all(|b| b == b'-'))
 }
 
 /// `[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}`.
 fn is_tag(text: &str) -> bool {
-    let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    let is_word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     (1..=MAX_TAG).contains(&text.len())
-        && text.bytes().next().is_some_and(word)
-        && text.bytes().all(|b| word(b) || b == b'.' || b == b'-')
+        && text.bytes().next().is_some_and(is_word)
+        && text.bytes().all(|b| is_word(b) || b == b'.' || b == b'-')
 }
 
 #[cfg(test)]
@@ -287,8 +287,8 @@ mod tests {
     #[test]
     fn unsupported_digest_algorithms_are_named_in_the_error() {
         for algorithm in ["sha512", "sha384", "blake3", "md5"] {
-            let refused = format!("a.b/c:1@{algorithm}:{HEX}{HEX}").parse::<Reference>().unwrap_err().to_string();
-            assert!(refused.contains(&format!("{algorithm:?} is not supported")), "{refused}");
+            let error = format!("a.b/c:1@{algorithm}:{HEX}{HEX}").parse::<Reference>().unwrap_err().to_string();
+            assert!(error.contains(&format!("{algorithm:?} is not supported")), "{error}");
         }
     }
 

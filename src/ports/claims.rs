@@ -28,7 +28,7 @@ pub trait Claims: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`ClaimError::Lost`] when the Lease changed since: the resource version is the fence.
-    async fn update(&self, digest: Digest, read: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError>;
+    async fn update(&self, digest: Digest, version: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError>;
 
     /// Deletes the Lease if this agent still holds it.
     ///

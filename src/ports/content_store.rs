@@ -51,7 +51,7 @@ pub trait ContentStore: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StoreError::Absent`] for an absent blob.
-    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError>;
+    async fn add_metadata(&self, digest: Digest, metadata: &BlobMetadata) -> Result<(), StoreError>;
 
     /// Removes a blob, so that it can be written again. References to the blob stay, and `pin`
     /// holds the blob's children from now on. Only for bytes with a wrong hash, and only when the
@@ -135,7 +135,7 @@ pub trait BlobReader: Send {
     ///
     /// # Errors
     /// [`StoreError::Absent`] when the collector removed the blob meanwhile.
-    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError>;
+    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError>;
 }
 
 /// Receives fetched bytes, in order.
@@ -158,7 +158,7 @@ pub trait BlobWriter: BlobSink {
     ///
     /// # Errors
     /// [`StoreError::Other`] when the proof is for another blob or the number of bytes differs.
-    async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError>;
+    async fn commit(self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError>;
 }
 
 /// A complete blob.

@@ -125,8 +125,10 @@ impl FetchError {
     /// Whether no honest, healthy peer of this release behaves so. A wrong size is no fault of the
     /// peer: the size came from a manifest of any author.
     pub fn is_peer_fault(&self) -> bool {
-        let lied = |source: &VerifyError| matches!(source, VerifyError::Digest { .. } | VerifyError::Piece { .. });
-        matches!(self, Self::Corrupt { source, .. } if lied(source)) || matches!(self, Self::Protocol { .. })
+        let is_digest_mismatch =
+            |source: &VerifyError| matches!(source, VerifyError::Digest { .. } | VerifyError::Piece { .. });
+        matches!(self, Self::Corrupt { source, .. } if is_digest_mismatch(source))
+            || matches!(self, Self::Protocol { .. })
     }
 
     /// Provider that failed; `None` when this node's store failed.

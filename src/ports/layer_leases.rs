@@ -132,7 +132,7 @@ mod tests {
     #[test]
     fn an_origin_has_neither_the_port_nor_the_brackets_of_its_registry() {
         let origin = |registry| Origin::new(registry, "team/app");
-        for (registry, noted) in [
+        for (registry, host) in [
             ("registry.test:5000", "registry.test"),
             ("registry.test", "registry.test"),
             ("10.0.0.1:5000", "10.0.0.1"),
@@ -141,7 +141,7 @@ mod tests {
             ("[fd77::1]", "fd77::1"),
             ("fd77::1", "fd77::1"),
         ] {
-            assert_eq!(origin(registry), Origin { host: noted.into(), path: "team/app".into() }, "{registry}");
+            assert_eq!(origin(registry), Origin { host: host.into(), path: "team/app".into() }, "{registry}");
         }
     }
 }

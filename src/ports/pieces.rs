@@ -25,8 +25,8 @@ pub trait PieceFetcher: Send + Sync + 'static {
         &self,
         peer: PeerId,
         digest: Digest,
-        cut: PieceLayout,
-        heard: StateSink<'_>,
+        layout: PieceLayout,
+        sink: StateSink<'_>,
     ) -> Result<HashChain, FetchError>;
 
     /// Subscribes to the piece map of the peer.
@@ -37,7 +37,7 @@ pub trait PieceFetcher: Send + Sync + 'static {
         &self,
         peer: PeerId,
         digest: Digest,
-        cut: PieceLayout,
+        layout: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError>;
 
     /// Passes pieces to `sink` as they arrive, until the peer has sent up to
@@ -48,7 +48,7 @@ pub trait PieceFetcher: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`FetchError`]; pieces that ended before the error count.
-    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
+    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
 
     /// Stores the hash chain of a verified blob of this node, for later requests of peers.
     fn keep_hash_chain(&self, chain: Arc<HashChain>);
@@ -124,14 +124,14 @@ pub trait StagedBlob: Send + Sync {
     ///
     /// # Errors
     /// [`StoreError::Other`].
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError>;
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError>;
 
     /// Makes the blob readable and stores its metadata. The proof must be for this blob and for the
     /// bytes that were written. From the call on, writes fail. A failed commit can be repeated.
     ///
     /// # Errors
     /// [`StoreError::Other`] when the proof is for another blob; as [`super::BlobWriter::commit`].
-    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError>;
+    async fn commit(&self, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError>;
 
     /// Deletes the written pieces; a later attempt starts from nothing.
     async fn abandon(&self);
@@ -164,7 +164,7 @@ pub trait PartialBlob: Send + Sync {
     ///
     /// # Errors
     /// As [`StagedBlob::read_at`].
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError>;
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError>;
 }
 
 /// No downloads: for agents that only serve.

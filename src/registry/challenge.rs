@@ -36,8 +36,8 @@ struct RawChallenge {
     parameters: Vec<(String, String)>,
 }
 
-fn parse_challenge(written: RawChallenge) -> Option<Challenge> {
-    let RawChallenge { scheme, parameters } = written;
+fn parse_challenge(raw: RawChallenge) -> Option<Challenge> {
+    let RawChallenge { scheme, parameters } = raw;
     let get = |wanted: &str| {
         let found = parameters.iter().find(|(name, _)| name.eq_ignore_ascii_case(wanted));
         found.map(|(_, value)| value.clone()).filter(|value| !value.is_empty())

@@ -98,15 +98,15 @@ fn matching(PullSecret(bytes): &PullSecret, repository: &Repository) -> Vec<Regi
 impl AuthEntry {
     fn credential(self) -> Option<RegistryCredential> {
         let Self { auth, username, password, identitytoken } = self;
-        let given = |text: Option<String>| text.filter(|text| !text.is_empty());
-        if let Some(token) = given(identitytoken) {
+        let non_empty = |text: Option<String>| text.filter(|text| !text.is_empty());
+        if let Some(token) = non_empty(identitytoken) {
             return Some(RegistryCredential::IdentityToken(token));
         }
         // `kubectl create secret` writes both forms; the kubelet, too, prefers `auth`.
-        if let Some(auth) = given(auth) {
+        if let Some(auth) = non_empty(auth) {
             return decode_auth(&auth);
         }
-        Some(RegistryCredential::Password { user: given(username)?, password: given(password)? })
+        Some(RegistryCredential::Password { user: non_empty(username)?, password: non_empty(password)? })
     }
 }
 

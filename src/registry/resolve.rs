@@ -53,7 +53,7 @@ pub(super) trait RegistryQuery {
     type Output: Send;
 
     fn execute(
-        question: &RegistryRequest<'_>,
+        request: &RegistryRequest<'_>,
         authorization: Option<&HeaderValue>,
     ) -> impl Future<Output = Result<QueryReply<Self::Output>, RegistryError>> + Send;
 }
@@ -81,8 +81,8 @@ pub(super) fn registry_error(registry: &str, failure: HttpError) -> RegistryErro
         HttpError::NotHttp(_) => {
             RegistryError::InvalidResponse { registry, reason: "a response that is not HTTP".into() }
         }
-        HttpError::BodyTooLong(most) => {
-            RegistryError::InvalidResponse { registry, reason: format!("more than {most} bytes") }
+        HttpError::BodyTooLong(limit) => {
+            RegistryError::InvalidResponse { registry, reason: format!("more than {limit} bytes") }
         }
     }
 }
@@ -121,7 +121,7 @@ impl<'a> RegistryRequest<'a> {
         secrets: &[PullSecret],
     ) -> Result<A::Output, RegistryError> {
         let challenge = match A::execute(self, None).await? {
-            QueryReply::Success(given) => return Ok(given),
+            QueryReply::Success(output) => return Ok(output),
             QueryReply::Unauthorized(None) => return Err(self.denied()),
             QueryReply::Unauthorized(Some(challenge)) => challenge,
         };
@@ -129,7 +129,7 @@ impl<'a> RegistryRequest<'a> {
         let mut first_error = None;
         for credential in credentials.iter().map(Some).chain([None]) {
             match self.send_as::<A>(&challenge, credential).await {
-                Ok(given) => return Ok(given),
+                Ok(output) => return Ok(output),
                 Err(RegistryError::Denied(_)) => {}
                 Err(down @ RegistryError::Down { .. }) => return Err(down),
                 Err(other) => drop(first_error.get_or_insert(other)),
@@ -150,7 +150,7 @@ impl<'a> RegistryRequest<'a> {
             }
         };
         match A::execute(self, Some(&authorization)).await? {
-            QueryReply::Success(given) => Ok(given),
+            QueryReply::Success(output) => Ok(output),
             QueryReply::Unauthorized(_) => Err(self.denied()),
         }
     }
@@ -173,14 +173,16 @@ impl<'a> RegistryRequest<'a> {
         if answer.status != StatusCode::OK {
             return self.unsuccessful_reply(&answer, redirected);
         }
-        let named = self.digest_from_headers(&answer.headers)?;
+        let header_digest = self.digest_from_headers(&answer.headers)?;
         let content = self.read(answer, MAX_DOCUMENT_BYTES as usize).await?;
         if Document::parse(&content).is_err() {
             return Err(self.invalid_response("a body that is no manifest"));
         }
         let digest = Digest::of(&content);
-        match named {
-            Some(named) if named != digest => Err(self.invalid_response("a manifest with the digest of another")),
+        match header_digest {
+            Some(header_digest) if header_digest != digest => {
+                Err(self.invalid_response("a manifest with the digest of another"))
+            }
             _ => Ok(QueryReply::Success(digest)),
         }
     }
@@ -297,10 +299,10 @@ impl<'a> RegistryRequest<'a> {
 
     /// An insecure registry may have any certificate; another host that the registry names may not.
     fn certificates(&self, url: &Url) -> Certificates {
-        let same = |url: &Url, base: &Url| {
+        let is_same_origin = |url: &Url, base: &Url| {
             url.host() == base.host() && url.port_or_known_default() == base.port_or_known_default()
         };
-        if self.endpoint.insecure && same(url, &self.endpoint.base) {
+        if self.endpoint.insecure && is_same_origin(url, &self.endpoint.base) {
             Certificates::Any
         } else {
             Certificates::Verified
@@ -311,8 +313,8 @@ impl<'a> RegistryRequest<'a> {
         self.http.send(request).await.map_err(|failure| self.map_http_error(failure))
     }
 
-    async fn read(&self, answer: HttpResponse, most: usize) -> Result<Bytes, RegistryError> {
-        answer.read(most).await.map_err(|failure| self.map_http_error(failure))
+    async fn read(&self, answer: HttpResponse, limit: usize) -> Result<Bytes, RegistryError> {
+        answer.read(limit).await.map_err(|failure| self.map_http_error(failure))
     }
 
     pub(super) fn registry(&self) -> String {

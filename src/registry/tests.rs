@@ -86,11 +86,11 @@ async fn resolve(
 #[tokio::test]
 async fn a_registry_is_up_unless_its_status_is_a_server_error() {
     let client = client();
-    for (status, there) in
+    for (status, is_up) in
         [(200, true), (301, true), (401, true), (403, true), (404, true), (429, true), (500, false), (503, false)]
     {
         let server = HttpTestServer::start(move |_| reply(status, &[("Content-Type", "text/html")], b"<html>")).await;
-        let expected = if there { Ok(()) } else { down(&server, OutageKind::ServerError) };
+        let expected = if is_up { Ok(()) } else { down(&server, OutageKind::ServerError) };
         assert_eq!(client.ping(&server.host_port()).await, expected, "{status}");
         assert_eq!(server.request_lines(), ["GET /v2/"], "one request, no redirect followed");
     }
@@ -122,16 +122,16 @@ fn docker_io_is_reached_at_registry_1_docker_io() {
 async fn a_tag_is_resolved_without_its_manifest_where_the_registry_names_the_digest() {
     let server = HttpTestServer::start(|_| digest_reply()).await;
     assert_eq!(resolve(&client(), &server, &[secret(&server.host_port(), "user")]).await, Ok(digest()));
-    let seen = server.requests();
+    let requests = server.requests();
     assert_eq!(server.request_lines(), ["HEAD /v2/team/app/manifests/v1"]);
-    assert!(seen[0].header("accept").unwrap().starts_with("application/vnd.oci.image.index.v1+json"));
-    assert_eq!(seen[0].header("authorization"), None, "the registry sent no challenge");
+    assert!(requests[0].header("accept").unwrap().starts_with("application/vnd.oci.image.index.v1+json"));
+    assert_eq!(requests[0].header("authorization"), None, "the registry sent no challenge");
 }
 
 #[tokio::test]
 async fn the_manifest_is_hashed_when_no_header_names_its_digest() {
     for status in [200, 405] {
-        let answer = move |seen: &ReceivedRequest| match seen.request_line.starts_with("HEAD") {
+        let answer = move |request: &ReceivedRequest| match request.request_line.starts_with("HEAD") {
             true => reply(status, &[], b""),
             false => reply(200, &[("Content-Type", "application/json")], &manifest()),
         };
@@ -181,10 +181,10 @@ async fn responses_that_no_registry_sends_are_invalid() {
         ("a redirect without an HTTP URL", 301, with("Location", "file:///etc/passwd"), Vec::new()),
         ("more than 4 redirects", 307, with("Location", "?again"), Vec::new()),
     ] {
-        let server = HttpTestServer::start(move |seen| {
+        let server = HttpTestServer::start(move |request| {
             let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
             // A HEAD with status 405 makes the client send a GET.
-            let get = seen.request_line.starts_with("GET");
+            let get = request.request_line.starts_with("GET");
             reply(if get && status == 405 { 200 } else { status }, &headers, &body)
         });
         let server = server.await;

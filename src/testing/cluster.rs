@@ -117,8 +117,8 @@ impl MemoryCluster {
     }
 
     /// Starts or ends an outage of the API server.
-    pub fn set_unavailable(&self, away: bool) {
-        self.lock().is_unavailable = away;
+    pub fn set_unavailable(&self, is_unavailable: bool) {
+        self.lock().is_unavailable = is_unavailable;
     }
 
     /// Delays every answer about a namespace from now on, as a slow API server does.
@@ -128,8 +128,8 @@ impl MemoryCluster {
 
     /// Denies nudges and deletions from now on, as for an agent without the rights, or permits them
     /// again.
-    pub fn set_forbidden(&self, denies: bool) {
-        self.lock().is_forbidden = denies;
+    pub fn set_forbidden(&self, is_forbidden: bool) {
+        self.lock().is_forbidden = is_forbidden;
     }
 
     /// Claims of one node.
@@ -256,9 +256,9 @@ impl Claims for MemoryClaims {
         Ok(())
     }
 
-    async fn update(&self, digest: Digest, read: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError> {
+    async fn update(&self, digest: Digest, version: &LeaseVersion, now: SystemTime) -> Result<(), ClaimError> {
         let mut state = self.available_state()?;
-        if state.leases.get(&digest).is_none_or(|lease| lease.version != *read) {
+        if state.leases.get(&digest).is_none_or(|lease| lease.version != *version) {
             return Err(ClaimError::Lost);
         }
         self.write(&mut state, digest, now);

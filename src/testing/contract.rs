@@ -55,23 +55,23 @@ pub enum UnfinishedWrite {
 /// # Panics
 /// When the store violates the contract; the message names the check.
 pub async fn assert_contract<S: StoreUnderTest>(name: &str, make: impl AsyncFn() -> S) {
-    let broken = contract_violations(make).await;
-    assert!(broken.is_empty(), "{name} violates the contract:\n{}", broken.join("\n"));
+    let violations = contract_violations(make).await;
+    assert!(violations.is_empty(), "{name} violates the contract:\n{}", violations.join("\n"));
 }
 
 /// Runs every check on a new store. Returns one line per failure, which begins with the check's
 /// name.
 pub async fn contract_violations<S: StoreUnderTest>(make: impl AsyncFn() -> S) -> Vec<String> {
-    let mut broken = Vec::new();
+    let mut violations = Vec::new();
     for (name, check) in checks() {
         let mut subject = make().await;
         match tokio::time::timeout(DEADLINE, check(&mut subject)).await {
             Ok(Ok(())) => {}
-            Ok(Err(failure)) => broken.push(format!("{name}: {failure}")),
-            Err(_) => broken.push(format!("{name}: not done after {} s", DEADLINE.as_secs())),
+            Ok(Err(failure)) => violations.push(format!("{name}: {failure}")),
+            Err(_) => violations.push(format!("{name}: not done after {} s", DEADLINE.as_secs())),
         }
     }
-    broken
+    violations
 }
 
 /// Of one check. The longest moves some 4 MiB and collects three times: a few seconds on the
@@ -93,8 +93,8 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         reading::a_committed_blob_reads_back_at_any_offset,
         reading::the_list_contains_exactly_the_whole_blobs,
         writing::a_dropped_writer_leaves_nothing,
-        writing::a_proof_of_another_blob_is_refused,
-        writing::a_blob_of_another_length_is_refused,
+        writing::a_proof_of_another_blob_is_rejected,
+        writing::a_blob_of_another_length_is_rejected,
         writing::a_blob_has_one_writer_at_a_time,
         writing::only_whole_blobs_survive_a_kill,
         writing::changes_are_counted,
@@ -143,8 +143,8 @@ impl From<StoreError> for Violation {
     }
 }
 
-fn ensure(kept: bool, otherwise: impl fmt::Display) -> CheckResult {
-    if kept { Ok(()) } else { Err(Violation(otherwise.to_string())) }
+fn ensure(condition: bool, violation: impl fmt::Display) -> CheckResult {
+    if condition { Ok(()) } else { Err(Violation(violation.to_string())) }
 }
 
 /// Life of a check's own pins: longer than any check, however slow the machine.
@@ -189,7 +189,7 @@ impl TestBlob {
     async fn write(&self, store: &dyn ContentStore, pin: &Pin, children: &[(&TestBlob, ChildKind)]) -> CheckResult {
         let mut writer = store.create(self.digest, self.size(), pin).await?;
         writer.append(std::slice::from_ref(&self.bytes)).await?;
-        Ok(writer.commit(self.proof()?, &remembered(children)).await?)
+        Ok(writer.commit(self.proof()?, &blob_metadata(children)).await?)
     }
 
     /// A record with the blob as target.
@@ -222,13 +222,13 @@ impl TestBlob {
     }
 }
 
-fn remembered(children: &[(&TestBlob, ChildKind)]) -> BlobMetadata {
+fn blob_metadata(children: &[(&TestBlob, ChildKind)]) -> BlobMetadata {
     let child = |&(blob, kind): &(&TestBlob, ChildKind)| Child { digest: blob.digest, kind };
     BlobMetadata { source: None, children: children.iter().map(child).collect() }
 }
 
 /// The digests that the store lists.
-async fn listed(store: &dyn ContentStore) -> Result<BTreeSet<Digest>, Violation> {
+async fn list_digests(store: &dyn ContentStore) -> Result<BTreeSet<Digest>, Violation> {
     Ok(store.blobs().await?.into_iter().map(|blob| blob.digest).collect())
 }
 

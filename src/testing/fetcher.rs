@@ -72,13 +72,18 @@ impl MemoryFetcher {
         self.insert_peer(peer, FakePeer { store, partials, behaviour: Behaviour::Honest });
     }
 
-    fn insert_peer(&self, peer: PeerId, played: FakePeer) {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, played);
+    fn insert_peer(&self, peer: PeerId, fake_peer: FakePeer) {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, fake_peer);
     }
 
     /// Number of requests for a blob's bytes to this peer.
     pub fn request_count(&self, peer: PeerId) -> usize {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|&&asked| asked == peer).count()
+        self.requests
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .filter(|&&requested| requested == peer)
+            .count()
     }
 
     /// Every verified blob or piece with its provider, in order.
@@ -94,7 +99,7 @@ impl MemoryFetcher {
     /// Counts a piece of a peer; `false` when the peer hangs instead of sending the piece.
     fn record_piece(&self, peer: PeerId) -> bool {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        match peers.get_mut(&peer).map(|played| &mut played.behaviour) {
+        match peers.get_mut(&peer).map(|fake_peer| &mut fake_peer.behaviour) {
             Some(Behaviour::HangsAfter(0)) => false,
             Some(Behaviour::HangsAfter(left)) => {
                 *left -= 1;

@@ -31,7 +31,7 @@ pub struct Recipe {
     /// Approximate sizes of the layers in bytes.
     pub layers: Vec<u64>,
     /// The manifest lists the first layer twice.
-    pub twice: bool,
+    pub duplicate_layer: bool,
     /// The manifest lists one more layer, which must not be distributed and is not in the store.
     pub foreign: bool,
     /// Architecture in the configuration, if not this machine's.
@@ -44,7 +44,7 @@ pub struct Recipe {
     pub nested: bool,
     /// The index names no platform for the manifest, so a runtime reads the configuration's. The
     /// other platform's manifest is then in the store, without its blobs.
-    pub unnamed: bool,
+    pub without_platforms: bool,
     /// The index lists an attestation, whose manifest is in the store without its blobs.
     pub attested: bool,
 }
@@ -103,17 +103,18 @@ pub async fn make_image(
 ) -> Result<MadeImage, StoreError> {
     let pin = store.pin(Duration::from_secs(600)).await?;
     let (manifest, mut blobs, layers) = put_manifest(store, &pin, recipe, seed).await?;
-    let mut root = manifest;
+    let mut target = manifest;
     for _ in 0..recipe.indexes() {
-        let (index, sized) = put_index(store, &pin, recipe, &root).await?;
-        blobs.insert(0, std::mem::replace(&mut root, index));
-        blobs.extend(sized.filter(|sized| blobs.iter().all(|blob| blob.digest != sized.digest)));
+        let (index, bare_manifest) = put_index(store, &pin, recipe, &target).await?;
+        blobs.insert(0, std::mem::replace(&mut target, index));
+        blobs
+            .extend(bare_manifest.filter(|bare_manifest| blobs.iter().all(|blob| blob.digest != bare_manifest.digest)));
     }
     for name in names {
-        store.put_image(&ImageRecord { name: name.clone(), target: root.clone() }).await?;
+        store.put_image(&ImageRecord { name: name.clone(), target: target.clone() }).await?;
     }
     store.release(pin).await?;
-    Ok(MadeImage { target: root, blobs, layers })
+    Ok(MadeImage { target, blobs, layers })
 }
 
 /// Puts an image of existing gzip layers into the store under a name. Each layer comes with the
@@ -133,10 +134,10 @@ pub async fn put_gzip_layers(
         layers.push(put_blob(store, &pin, recipe.compression.layer_type(recipe.docker), packed, Vec::new()).await?);
         diff_ids.push(diff_id);
     }
-    let (root, blobs, layers) = put_manifest_of(store, &pin, &recipe, (layers, diff_ids), 0).await?;
-    store.put_image(&ImageRecord { name: name.into(), target: root.clone() }).await?;
+    let (target, blobs, layers) = put_manifest_of(store, &pin, &recipe, (layers, diff_ids), 0).await?;
+    store.put_image(&ImageRecord { name: name.into(), target: target.clone() }).await?;
     store.release(pin).await?;
-    Ok(MadeImage { target: root, blobs, layers })
+    Ok(MadeImage { target, blobs, layers })
 }
 
 async fn put_manifest(
@@ -166,14 +167,20 @@ async fn put_manifest_of(
 ) -> Result<(Descriptor, Vec<Descriptor>, Vec<StackedLayer>), StoreError> {
     let (config_type, manifest_type) =
         if recipe.docker { (DOCKER_CONFIG, DOCKER_MANIFEST) } else { (CONFIG, MANIFEST) };
-    let mut named = layers.clone();
-    if recipe.twice {
-        named.extend(layers.first().cloned());
+    let mut listed_layers = layers.clone();
+    if recipe.duplicate_layer {
+        listed_layers.extend(layers.first().cloned());
         diff_ids.extend(diff_ids.first().copied());
     }
     if recipe.foreign {
         let digest = Digest::of(&seed.to_le_bytes());
-        named.push(Descriptor { media_type: FOREIGN.into(), digest, size: 1, platform: None, attestation: false });
+        listed_layers.push(Descriptor {
+            media_type: FOREIGN.into(),
+            digest,
+            size: 1,
+            platform: None,
+            attestation: false,
+        });
         diff_ids.push(digest);
     }
     let Platform { architecture, os, variant: _ } = Platform::of_this_node();
@@ -186,12 +193,12 @@ async fn put_manifest_of(
         config["created"] = json!(created);
     }
     let config = config.to_string();
-    let stacked = RootFs::parse(config.as_bytes()).and_then(|rootfs| rootfs.stack(&named));
+    let stacked = RootFs::parse(config.as_bytes()).and_then(|rootfs| rootfs.stack(&listed_layers));
     let stacked = stacked.map_err(|error| StoreError::Other(error.to_string()))?;
     let config = put_blob(store, pin, config_type, config.into(), Vec::new()).await?;
-    let manifest = json!({"schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": named});
+    let manifest = json!({"schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": listed_layers});
     let mut children = vec![child(&config, ChildKind::Config)];
-    children.extend(named.iter().map(|layer| child(layer, ChildKind::Layer)));
+    children.extend(listed_layers.iter().map(|layer| child(layer, ChildKind::Layer)));
     let manifest = put_blob(store, pin, manifest_type, manifest.to_string().into(), children).await?;
     Ok((manifest, std::iter::once(config).chain(layers).collect(), stacked))
 }
@@ -202,12 +209,14 @@ async fn put_index(
     recipe: &Recipe,
     manifest: &Descriptor,
 ) -> Result<(Descriptor, Option<Descriptor>), StoreError> {
-    let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
-    let sized = if recipe.unnamed { Some(put_bare_manifest(store, pin, b"elsewhere").await?) } else { None };
-    let other = sized.clone().unwrap_or_else(|| Descriptor { digest: Digest::of(b"elsewhere"), ..manifest.clone() });
+    let other_platform = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
+    let bare_manifest =
+        if recipe.without_platforms { Some(put_bare_manifest(store, pin, b"elsewhere").await?) } else { None };
+    let other =
+        bare_manifest.clone().unwrap_or_else(|| Descriptor { digest: Digest::of(b"elsewhere"), ..manifest.clone() });
     let mut entries = vec![
-        Descriptor { platform: Some(elsewhere), ..other },
-        Descriptor { platform: (!recipe.unnamed).then(Platform::of_this_node), ..manifest.clone() },
+        Descriptor { platform: Some(other_platform), ..other },
+        Descriptor { platform: (!recipe.without_platforms).then(Platform::of_this_node), ..manifest.clone() },
     ];
     if recipe.attested {
         let document = put_bare_manifest(store, pin, b"materials").await?;
@@ -217,12 +226,12 @@ async fn put_index(
     let index_type = if recipe.docker { DOCKER_INDEX } else { INDEX };
     let index = json!({"schemaVersion": 2, "mediaType": index_type, "manifests": entries});
     let children = entries.iter().map(|entry| child(entry, ChildKind::Manifest)).collect();
-    Ok((put_blob(store, pin, index_type, index.to_string().into(), children).await?, sized))
+    Ok((put_blob(store, pin, index_type, index.to_string().into(), children).await?, bare_manifest))
 }
 
 /// Puts a manifest whose configuration and layer are in no store.
-async fn put_bare_manifest(store: &dyn ContentStore, pin: &Pin, named: &[u8]) -> Result<Descriptor, StoreError> {
-    let blob = json!({"mediaType": CONFIG, "digest": Digest::of(named), "size": 9});
+async fn put_bare_manifest(store: &dyn ContentStore, pin: &Pin, seed: &[u8]) -> Result<Descriptor, StoreError> {
+    let blob = json!({"mediaType": CONFIG, "digest": Digest::of(seed), "size": 9});
     let document = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": blob, "layers": [blob]});
     put_blob(store, pin, MANIFEST, document.to_string().into(), Vec::new()).await
 }
@@ -251,7 +260,7 @@ async fn put_blob(
     children: Vec<Child>,
 ) -> Result<Descriptor, StoreError> {
     let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
-    let remembered = BlobMetadata { source: None, children };
+    let metadata = BlobMetadata { source: None, children };
     match store.create(digest, size, pin).await {
         Ok(mut writer) => {
             let mut hasher = Hasher::default();
@@ -260,9 +269,9 @@ async fn put_blob(
                 writer.append(&[bytes.slice_ref(chunk)]).await?;
             }
             let proof = hasher.verify(digest, size).map_err(|error| StoreError::Other(error.to_string()))?;
-            writer.commit(proof, &remembered).await?;
+            writer.commit(proof, &metadata).await?;
         }
-        Err(StoreError::AlreadyExists(_)) => store.add_metadata(digest, &remembered).await?,
+        Err(StoreError::AlreadyExists(_)) => store.add_metadata(digest, &metadata).await?,
         Err(error) => return Err(error),
     }
     Ok(Descriptor { media_type: media_type.into(), digest, size, platform: None, attestation: false })

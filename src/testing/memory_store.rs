@@ -87,23 +87,23 @@ impl MemoryStore {
     pub fn collect(&self) {
         let mut state = self.state();
         let now = Instant::now();
-        state.pins.retain(|_, held| held.until.is_none_or(|until| until > now));
-        let mut kept = HashSet::new();
-        let mut open: Vec<Digest> = state.images.values().map(|target| target.digest).collect();
-        let (flat, deep): (Vec<_>, Vec<_>) = state.pins.values().partition(|held| held.labels.is_some());
-        open.extend(deep.into_iter().flat_map(|held| &held.blobs));
-        let layers: HashSet<_> = flat.into_iter().flat_map(|held| held.blobs.iter().copied()).collect();
-        while let Some(digest) = open.pop() {
+        state.pins.retain(|_, pin_state| pin_state.until.is_none_or(|until| until > now));
+        let mut reachable = HashSet::new();
+        let mut unvisited: Vec<Digest> = state.images.values().map(|target| target.digest).collect();
+        let (flat, deep): (Vec<_>, Vec<_>) = state.pins.values().partition(|pin_state| pin_state.labels.is_some());
+        unvisited.extend(deep.into_iter().flat_map(|pin_state| &pin_state.blobs));
+        let layers: HashSet<_> = flat.into_iter().flat_map(|pin_state| pin_state.blobs.iter().copied()).collect();
+        while let Some(digest) = unvisited.pop() {
             if let Some(blob) = state.blobs.get(&digest)
-                && kept.insert(digest)
+                && reachable.insert(digest)
             {
-                open.extend(blob.children.iter().map(|child| child.digest));
+                unvisited.extend(blob.children.iter().map(|child| child.digest));
             }
         }
-        state.blobs.retain(|digest, _| kept.contains(digest) || layers.contains(digest));
+        state.blobs.retain(|digest, _| reachable.contains(digest) || layers.contains(digest));
         state.collect_snapshots();
         drop(state);
-        self.changed();
+        self.record_change();
     }
 
     /// Metadata of a blob in the store, with the first of its sources.
@@ -140,8 +140,8 @@ impl MemoryStore {
     /// Registers the only writer of a blob.
     fn begin(&self, digest: Digest, pin: &Pin) -> Result<MutexGuard<'_, State>, StoreError> {
         let mut state = self.state();
-        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        state.pins.get_mut(&pin.0).ok_or_else(gone)?.blobs.insert(digest);
+        let unknown_pin = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        state.pins.get_mut(&pin.0).ok_or_else(unknown_pin)?.blobs.insert(digest);
         if state.blobs.contains_key(&digest) {
             return Err(StoreError::AlreadyExists(digest));
         }
@@ -155,7 +155,7 @@ impl MemoryStore {
         self.state.lock().expect("no thread panics while it holds the state")
     }
 
-    fn changed(&self) {
+    fn record_change(&self) {
         self.changes.send_modify(|changes| *changes += 1);
     }
 }
@@ -167,9 +167,9 @@ impl Default for MemoryStore {
 }
 
 impl MemoryBlob {
-    fn add_metadata(&mut self, more: &BlobMetadata) {
-        self.sources.extend(more.source.clone());
-        for child in &more.children {
+    fn add_metadata(&mut self, metadata: &BlobMetadata) {
+        self.sources.extend(metadata.source.clone());
+        for child in &metadata.children {
             if !self.children.contains(child) {
                 self.children.push(*child);
             }
@@ -209,24 +209,24 @@ impl ContentStore for MemoryStore {
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
         let mut state = self.begin(digest, pin)?;
-        let parts = state.staged.remove(&digest).filter(|parts| parts.size() == size);
-        Ok(Arc::new(MemoryStagedBlob::new(self.clone(), digest, parts.unwrap_or_else(|| StagedBytes::of(size)))))
+        let staged_bytes = state.staged.remove(&digest).filter(|parts| parts.size() == size);
+        Ok(Arc::new(MemoryStagedBlob::new(self.clone(), digest, staged_bytes.unwrap_or_else(|| StagedBytes::of(size)))))
     }
 
-    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
-        self.state().blobs.get_mut(&digest).ok_or(StoreError::Absent(digest))?.add_metadata(remembered);
+    async fn add_metadata(&self, digest: Digest, metadata: &BlobMetadata) -> Result<(), StoreError> {
+        self.state().blobs.get_mut(&digest).ok_or(StoreError::Absent(digest))?.add_metadata(metadata);
         Ok(())
     }
 
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
         let mut state = self.state();
         if let Some(blob) = state.blobs.remove(&digest)
-            && let Some(held) = state.pins.get_mut(&pin.0)
+            && let Some(pin_state) = state.pins.get_mut(&pin.0)
         {
-            held.blobs.extend(blob.children.iter().map(|child| child.digest));
+            pin_state.blobs.extend(blob.children.iter().map(|child| child.digest));
         }
         drop(state);
-        self.changed();
+        self.record_change();
         Ok(())
     }
 
@@ -237,7 +237,7 @@ impl ContentStore for MemoryStore {
     }
 
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
-        let naming = {
+        let delay = {
             let mut state = self.state();
             if !state.blobs.contains_key(&record.target.digest) {
                 return Err(StoreError::Absent(record.target.digest));
@@ -245,10 +245,10 @@ impl ContentStore for MemoryStore {
             state.images.insert(record.name.clone(), record.target.clone());
             state.record_delay
         };
-        self.changed();
+        self.record_change();
         self.publish(ContentEvent::Records);
-        if !naming.is_zero() {
-            tokio::time::sleep(naming).await;
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
         }
         Ok(())
     }
@@ -258,7 +258,7 @@ impl ContentStore for MemoryStore {
         if state.images.get(name).is_some_and(|named| named.digest == target) {
             state.images.remove(name);
             drop(state);
-            self.changed();
+            self.record_change();
             self.publish(ContentEvent::Records);
         }
         Ok(())
@@ -278,14 +278,14 @@ impl ContentStore for MemoryStore {
     }
 
     async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
-        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        self.state().pins.get_mut(&pin.0).ok_or_else(gone)?.until = Instant::now().checked_add(life);
+        let unknown_pin = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        self.state().pins.get_mut(&pin.0).ok_or_else(unknown_pin)?.until = Instant::now().checked_add(life);
         Ok(())
     }
 
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.state().pins.remove(&pin.0);
-        self.changed();
+        self.record_change();
         Ok(())
     }
 
@@ -307,9 +307,9 @@ impl BlobReader for MemoryReader {
         self.0.len() as u64
     }
 
-    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
         let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
-        let end = begin.saturating_add(most).min(self.0.len());
+        let end = begin.saturating_add(limit).min(self.0.len());
         Ok(self.0.slice(begin..end))
     }
 }
@@ -334,7 +334,7 @@ impl BlobSink for MemoryWriter {
 
 #[async_trait]
 impl BlobWriter for MemoryWriter {
-    async fn commit(mut self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(mut self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let written = self.bytes.len() as u64;
         if proof.digest() != self.digest || proof.size() != written {
             let (proved, size) = (proof.digest(), proof.size());
@@ -351,9 +351,9 @@ impl BlobWriter for MemoryWriter {
         }
         let bytes = std::mem::take(&mut self.bytes).into();
         let mut blob = MemoryBlob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
-        blob.add_metadata(remembered);
+        blob.add_metadata(metadata);
         self.store.state().blobs.insert(self.digest, blob);
-        self.store.changed();
+        self.store.record_change();
         self.store.publish(ContentEvent::Committed { digest: self.digest, size: written });
         Ok(())
     }

@@ -57,7 +57,7 @@ impl MemoryRegistry {
 
     /// Replaces the blob's bytes by other bytes of the same length.
     pub fn corrupt_blob(&self, registry: &str, digest: Digest) {
-        if let Some(bytes) = self.lock().get_mut(registry).and_then(|played| played.blobs.get_mut(&digest)) {
+        if let Some(bytes) = self.lock().get_mut(registry).and_then(|fake| fake.blobs.get_mut(&digest)) {
             *bytes = vec![0; bytes.len()].into();
         }
     }
@@ -69,7 +69,7 @@ impl MemoryRegistry {
 
     /// Number of blob requests to a registry.
     pub fn blob_requests(&self, registry: &str) -> usize {
-        self.lock().get(registry).map_or(0, |played| played.blob_requests)
+        self.lock().get(registry).map_or(0, |fake| fake.blob_requests)
     }
 
     /// Sets the answer to every later request; `None` for true answers. A ping fails only when the
@@ -80,18 +80,18 @@ impl MemoryRegistry {
 
     /// Number of pings of a registry.
     pub fn pings(&self, registry: &str) -> usize {
-        self.lock().get(registry).map_or(0, |played| played.pings)
+        self.lock().get(registry).map_or(0, |fake| fake.pings)
     }
 
     /// Number of tag requests to a registry.
     pub fn resolves(&self, registry: &str) -> usize {
-        self.lock().get(registry).map_or(0, |played| played.resolves)
+        self.lock().get(registry).map_or(0, |fake| fake.resolves)
     }
 
-    fn put(&self, repository: &Repository, tag: &str, meaning: Tag) {
-        let mut played = self.lock();
-        let tags = &mut played.entry(repository.registry.clone()).or_default().tags;
-        tags.insert((repository.path.clone(), tag.to_owned()), meaning);
+    fn put(&self, repository: &Repository, tag: &str, stored_tag: Tag) {
+        let mut registries = self.lock();
+        let tags = &mut registries.entry(repository.registry.clone()).or_default().tags;
+        tags.insert((repository.path.clone(), tag.to_owned()), stored_tag);
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, FakeRegistry>> {
@@ -106,10 +106,10 @@ fn no_such_host(registry: &str) -> RegistryError {
 #[async_trait]
 impl Registry for MemoryRegistry {
     async fn ping(&self, registry: &str) -> Result<(), RegistryError> {
-        let mut played = self.lock();
-        let played = played.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
-        played.pings += 1;
-        match &played.failure {
+        let mut registries = self.lock();
+        let fake = registries.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
+        fake.pings += 1;
+        match &fake.failure {
             Some(down @ RegistryError::Down { .. }) => Err(down.clone()),
             _ => Ok(()),
         }
@@ -122,13 +122,13 @@ impl Registry for MemoryRegistry {
         secrets: &[PullSecret],
     ) -> Result<Digest, RegistryError> {
         let registry = &repository.registry;
-        let mut played = self.lock();
-        let played = played.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
-        played.resolves += 1;
-        if let Some(failure) = &played.failure {
+        let mut registries = self.lock();
+        let fake = registries.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
+        fake.resolves += 1;
+        if let Some(failure) = &fake.failure {
             return Err(failure.clone());
         }
-        match played.tags.get(&(repository.path.clone(), tag.to_owned())) {
+        match fake.tags.get(&(repository.path.clone(), tag.to_owned())) {
             None => Err(RegistryError::NotFound(registry.clone())),
             Some(Tag { secret: Some(secret), .. }) if !secrets.contains(secret) => {
                 Err(RegistryError::Denied(registry.clone()))
@@ -159,16 +159,16 @@ impl Registry for MemoryRegistry {
 
 impl MemoryRegistry {
     fn blob(&self, registry: &str, digest: Digest, secrets: &[PullSecret]) -> Result<Bytes, RegistryError> {
-        let mut played = self.lock();
-        let played = played.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
-        played.blob_requests += 1;
-        if let Some(failure) = &played.failure {
+        let mut registries = self.lock();
+        let fake = registries.get_mut(registry).ok_or_else(|| no_such_host(registry))?;
+        fake.blob_requests += 1;
+        if let Some(failure) = &fake.failure {
             return Err(failure.clone());
         }
-        if played.blob_secret.as_ref().is_some_and(|secret| !secrets.contains(secret)) {
+        if fake.blob_secret.as_ref().is_some_and(|secret| !secrets.contains(secret)) {
             return Err(RegistryError::Denied(registry.to_owned()));
         }
-        played.blobs.get(&digest).cloned().ok_or_else(|| RegistryError::NotFound(registry.to_owned()))
+        fake.blobs.get(&digest).cloned().ok_or_else(|| RegistryError::NotFound(registry.to_owned()))
     }
 }
 

@@ -40,14 +40,8 @@ pub struct StoppingStore {
 
 impl StoppingStore {
     /// Wraps a store.
-    pub fn new(inner: Arc<dyn ContentStore>, killed_at: KillPoint) -> Self {
-        Self {
-            inner,
-            steps: Arc::default(),
-            kill_point: killed_at,
-            reached: watch::Sender::new(false),
-            staged: Arc::default(),
-        }
+    pub fn new(inner: Arc<dyn ContentStore>, kill_point: KillPoint) -> Self {
+        Self { inner, steps: Arc::default(), kill_point, reached: watch::Sender::new(false), staged: Arc::default() }
     }
 
     /// Waits for the kill point.
@@ -116,8 +110,8 @@ impl ContentStore for StoppingStore {
         Ok(stage)
     }
 
-    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
-        self.step(self.inner.add_metadata(digest, remembered)).await
+    async fn add_metadata(&self, digest: Digest, metadata: &BlobMetadata) -> Result<(), StoreError> {
+        self.step(self.inner.add_metadata(digest, metadata)).await
     }
 
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
@@ -175,9 +169,9 @@ impl BlobSink for StoppingWriter {
 
 #[async_trait]
 impl BlobWriter for StoppingWriter {
-    async fn commit(self: Box<Self>, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let Self { inner, store } = *self;
-        store.step(inner.commit(proof, remembered)).await
+        store.step(inner.commit(proof, metadata)).await
     }
 }
 
@@ -216,13 +210,13 @@ impl StagedBlob for StoppingStagedBlob {
         self.store.step(async move { inner.write_at(offset, chunks).await }).await
     }
 
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        self.inner().await.read_at(offset, most).await
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
+        self.inner().await.read_at(offset, limit).await
     }
 
-    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(&self, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let inner = self.inner().await;
-        self.store.step(async move { inner.commit(proof, remembered).await }).await
+        self.store.step(async move { inner.commit(proof, metadata).await }).await
     }
 
     async fn abandon(&self) {

@@ -53,17 +53,18 @@ pub(super) struct HandshakePermit {
 impl HandshakeLimiter {
     /// `None` when the address, its subnet or the whole limiter has no permit left.
     pub(super) fn try_acquire(self: &Arc<Self>, address: IpAddr) -> Option<HandshakePermit> {
-        let mut inside = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-        let from_there = inside.get(&address).copied().unwrap_or(0);
-        let is_near = |other: IpAddr| Subnet::of(other) == Subnet::of(address);
-        let from_subnet: usize = inside.iter().filter(|(other, _)| is_near(**other)).map(|(_, count)| count).sum();
-        if from_there >= MAX_HANDSHAKES_PER_ADDRESS || from_subnet >= MAX_HANDSHAKES_PER_SUBNET {
+        let mut handshakes = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let from_address = handshakes.get(&address).copied().unwrap_or(0);
+        let is_same_subnet = |other: IpAddr| Subnet::of(other) == Subnet::of(address);
+        let from_subnet: usize =
+            handshakes.iter().filter(|(other, _)| is_same_subnet(**other)).map(|(_, count)| count).sum();
+        if from_address >= MAX_HANDSHAKES_PER_ADDRESS || from_subnet >= MAX_HANDSHAKES_PER_SUBNET {
             return None;
         }
-        if inside.values().sum::<usize>() >= MAX_HANDSHAKES {
+        if handshakes.values().sum::<usize>() >= MAX_HANDSHAKES {
             return None;
         }
-        inside.insert(address, from_there + 1);
+        handshakes.insert(address, from_address + 1);
         Some(HandshakePermit { limiter: self.clone(), address })
     }
 
@@ -75,11 +76,11 @@ impl HandshakeLimiter {
 
 impl Drop for HandshakePermit {
     fn drop(&mut self) {
-        let mut inside = self.limiter.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = inside.get_mut(&self.address) {
+        let mut handshakes = self.limiter.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = handshakes.get_mut(&self.address) {
             *count -= 1;
             if *count == 0 {
-                inside.remove(&self.address);
+                handshakes.remove(&self.address);
             }
         }
     }
@@ -114,12 +115,12 @@ impl Shared {
         stop: CancellationToken,
     ) {
         let address = canonical(incoming.remote_address());
-        let met = tokio::select! {
+        let authenticated = tokio::select! {
             () = stop.cancelled() => return,
-            met = self.authenticate(incoming) => met,
+            authenticated = self.authenticate(incoming) => authenticated,
         };
         drop(permit);
-        match met {
+        match authenticated {
             Ok((peer, connection)) => {
                 tracing::debug!(peer = %peer.id, node = %peer.node, %address, "peer admitted");
                 self.peers.add_inbound(peer.id, &connection);
@@ -132,15 +133,15 @@ impl Shared {
     }
 
     fn log_accept_error(&self, address: SocketAddr, error: &AcceptError) {
-        let is_news = match error {
-            AcceptError::Rejected(_, refusal) => {
-                self.rejection_log.record(address.ip(), admission_result(Err(refusal)))
+        let is_new = match error {
+            AcceptError::Rejected(_, rejection) => {
+                self.rejection_log.record(address.ip(), admission_result(Err(rejection)))
             }
             AcceptError::OtherVersion(..) => self.rejection_log.record(address.ip(), "other_version"),
             _ => false,
         };
         match error {
-            _ if is_news => tracing::warn!(%address, reason = %error, "peer refused"),
+            _ if is_new => tracing::warn!(%address, reason = %error, "peer refused"),
             AcceptError::Rejected(..) | AcceptError::OtherVersion(..) => {
                 tracing::debug!(%address, reason = %error, "peer refused")
             }
@@ -150,7 +151,7 @@ impl Shared {
 
     async fn authenticate(&self, incoming: Incoming) -> Result<(Peer, Connection), AcceptError> {
         let address = canonical(incoming.remote_address());
-        let introduction = async {
+        let handshake = async {
             let accepted = incoming.accept().map_err(|error| AcceptError::Handshake(error.to_string()))?;
             let connection = accepted.await.map_err(|error| AcceptError::Handshake(error.to_string()))?;
             let id = peer_of(&connection).ok_or_else(|| AcceptError::Handshake("no libp2p certificate".into()))?;
@@ -162,16 +163,16 @@ impl Shared {
                 .await
                 .map(|(hello, send)| (id, hello, WelcomeStream { send, format }, connection))
         };
-        let late = |_| AcceptError::NoHello(format!("timed out after {:?}", self.timeouts.hello));
+        let on_timeout = |_| AcceptError::NoHello(format!("timed out after {:?}", self.timeouts.hello));
         let (id, hello, welcome_stream, connection) =
-            timeout(self.timeouts.hello, introduction).await.map_err(late)??;
+            timeout(self.timeouts.hello, handshake).await.map_err(on_timeout)??;
         if let Some(node) = self.other_node_with_this_key(id, &hello) {
             return Err(self.answer_shared_key(node, address, &connection, welcome_stream).await);
         }
-        let decided = timeout(self.timeouts.admission, self.admit_dialler(id, address, &hello)).await;
-        let decided = decided.unwrap_or_else(|_| Err(Rejection::Undecided("the verdict takes too long".into())));
-        self.metrics.admission_decided(admission_result(decided.as_ref().map(|(_, _, admitted)| admitted)));
-        match decided {
+        let verdict = timeout(self.timeouts.admission, self.admit_dialer(id, address, &hello)).await;
+        let verdict = verdict.unwrap_or_else(|_| Err(Rejection::Undecided("the verdict takes too long".into())));
+        self.metrics.admission_decided(admission_result(verdict.as_ref().map(|(_, _, admitted)| admitted)));
+        match verdict {
             Ok((peer, ours, _)) => {
                 connection.set_max_concurrent_bi_streams(VarInt::from_u32(MAX_STREAMS));
                 // The peer is admitted, but its stream may have no room for the answer.
@@ -180,9 +181,9 @@ impl Shared {
                 welcomed.map_err(|error| AcceptError::Left(id, error))?;
                 Ok((peer, connection))
             }
-            Err(refusal) => {
-                self.reject(&connection, welcome_stream, &refusal).await;
-                Err(AcceptError::Rejected(id, refusal))
+            Err(rejection) => {
+                self.reject(&connection, welcome_stream, &rejection).await;
+                Err(AcceptError::Rejected(id, rejection))
             }
         }
     }
@@ -232,7 +233,7 @@ impl Shared {
 
     /// Gets the verdict of our admission. Returns the admitted peer, and our `Hello` for the
     /// answer.
-    async fn admit_dialler(
+    async fn admit_dialer(
         &self,
         id: PeerId,
         address: SocketAddr,
@@ -253,7 +254,7 @@ impl Shared {
             valid_until: admitted.valid_until,
             pod: admitted.pod.clone(),
         };
-        self.peers.insert(&peer, admission).map_err(|full| Rejection::Undecided(full.to_string()))?;
+        self.peers.insert(&peer, admission).map_err(|error| Rejection::Undecided(error.to_string()))?;
         self.observed_address.send_replace(Some(hello.observed_address));
         // Sent before the peer gets the answer: the peer dials our gossip next, and gossip accepts
         // only admitted peers. A closed receiver means that the agent stops.
@@ -276,7 +277,7 @@ impl Shared {
                 // The verdict is pending; a second leeway is enough time.
                 Err(Rejection::Undecided(_)) if now < until + LEEWAY + LEEWAY => {}
                 ended => {
-                    let reason = ended.err().map(|refusal| refusal.to_string());
+                    let reason = ended.err().map(|rejection| rejection.to_string());
                     tracing::debug!(%peer, reason, "the verdict about a peer has expired; its connections are closed");
                     self.peers.close_inbound(peer);
                 }
@@ -285,8 +286,8 @@ impl Shared {
     }
 
     /// Delivers the answer before the connection closes: a close discards undelivered data.
-    async fn reject(&self, connection: &Connection, welcome_stream: WelcomeStream, refusal: &Rejection) {
-        let reason = printable(&refusal.to_string());
+    async fn reject(&self, connection: &Connection, welcome_stream: WelcomeStream, rejection: &Rejection) {
+        let reason = printable(&rejection.to_string());
         let WelcomeStream { mut send, format } = welcome_stream;
         let answer = async {
             wire::write_in(&mut send, &Welcome::Rejected(reason.clone()), format).await.ok()?;
@@ -320,35 +321,35 @@ mod tests {
     #[test]
     fn one_address_cannot_take_all_handshakes() {
         let limiter = Arc::new(HandshakeLimiter::default());
-        let enter = |last: u8| limiter.try_acquire(IpAddr::from([10, 0, 0, last]));
-        let mut permits: Vec<_> = (0..MAX_HANDSHAKES_PER_ADDRESS).map(|_| enter(1).unwrap()).collect();
-        assert!(enter(1).is_none());
-        permits.push(enter(2).unwrap());
+        let acquire = |last: u8| limiter.try_acquire(IpAddr::from([10, 0, 0, last]));
+        let mut permits: Vec<_> = (0..MAX_HANDSHAKES_PER_ADDRESS).map(|_| acquire(1).unwrap()).collect();
+        assert!(acquire(1).is_none());
+        permits.push(acquire(2).unwrap());
         permits.remove(0);
-        assert!(enter(1).is_some(), "a released permit is free again");
+        assert!(acquire(1).is_some(), "a released permit is free again");
     }
 
     #[test]
     fn one_ipv6_subnet_cannot_take_all_handshakes() {
         let limiter = Arc::new(HandshakeLimiter::default());
-        let enter = |subnet: u16, host: u16| limiter.try_acquire(IpAddr::from([0xfd77, 0, 0, subnet, 0, 0, 0, host]));
-        let mut permits: Vec<_> = (0..99).filter_map(|host| enter(1, host)).collect();
+        let acquire = |subnet: u16, host: u16| limiter.try_acquire(IpAddr::from([0xfd77, 0, 0, subnet, 0, 0, 0, host]));
+        let mut permits: Vec<_> = (0..99).filter_map(|host| acquire(1, host)).collect();
         assert_eq!(permits.len(), MAX_HANDSHAKES_PER_SUBNET);
-        permits.push(enter(2, 1).unwrap());
+        permits.push(acquire(2, 1).unwrap());
         permits.remove(0);
-        assert!(enter(1, 200).is_some(), "a released permit is free again");
+        assert!(acquire(1, 200).is_some(), "a released permit is free again");
     }
 
     #[test]
     fn handshakes_are_bounded_and_addresses_are_validated_before_the_bound() {
         let limiter = Arc::new(HandshakeLimiter::default());
-        let enter = |last: usize| limiter.try_acquire(IpAddr::from([10, 0, 0, last as u8]));
-        let mut permits: Vec<_> = (0..RETRY_THRESHOLD - 1).map(|last| enter(last).unwrap()).collect();
+        let acquire = |last: usize| limiter.try_acquire(IpAddr::from([10, 0, 0, last as u8]));
+        let mut permits: Vec<_> = (0..RETRY_THRESHOLD - 1).map(|last| acquire(last).unwrap()).collect();
         assert!(!limiter.is_retry_required());
-        permits.extend((RETRY_THRESHOLD..=MAX_HANDSHAKES).map(|last| enter(last).unwrap()));
+        permits.extend((RETRY_THRESHOLD..=MAX_HANDSHAKES).map(|last| acquire(last).unwrap()));
         assert!(limiter.is_retry_required());
-        assert!(enter(200).is_none());
+        assert!(acquire(200).is_none());
         permits.clear();
-        assert!(enter(200).is_some() && !limiter.is_retry_required());
+        assert!(acquire(200).is_some() && !limiter.is_retry_required());
     }
 }

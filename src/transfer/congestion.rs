@@ -84,9 +84,9 @@ struct DelayBoundedCubic {
 impl DelayBoundedCubic {
     /// Takes the smoothed and the least round trip from an acknowledgement of a packet sent at
     /// `sent`.
-    fn on_rtt_sample(&mut self, now: Instant, sent: Instant, round_trip: Duration, least: Duration) {
+    fn on_rtt_sample(&mut self, now: Instant, sent: Instant, round_trip: Duration, min_rtt: Duration) {
         self.smoothed_rtt = round_trip;
-        let is_long = round_trip > least.saturating_add(MAX_QUEUE_DELAY);
+        let is_long = round_trip > min_rtt.saturating_add(MAX_QUEUE_DELAY);
         if is_long && sent > self.reacts_from && self.window() > MIN_WINDOW {
             self.on_congestion_event(now, sent, false, 0);
         }
@@ -115,11 +115,11 @@ impl Controller for DelayBoundedCubic {
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
-        let first = INITIAL_WINDOW_PACKETS * u64::from(new_mtu);
+        let initial_window = INITIAL_WINDOW_PACKETS * u64::from(new_mtu);
         match &self.config {
-            Some(config) if self.cubic.window() < first => {
+            Some(config) if self.cubic.window() < initial_window => {
                 let mut config = CubicConfig::clone(config);
-                config.initial_window(first);
+                config.initial_window(initial_window);
                 self.cubic = Arc::new(config).build(self.reacts_from, new_mtu);
             }
             _ => self.cubic.on_mtu_update(new_mtu),
@@ -135,9 +135,9 @@ impl Controller for DelayBoundedCubic {
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        let Self { cubic, config, smoothed_rtt: round_trip, reacts_from: heeds_from, closing } = self;
+        let Self { cubic, config, smoothed_rtt, reacts_from, closing } = self;
         let (cubic, config, closing) = (cubic.clone_box(), config.clone(), closing.clone());
-        Box::new(Self { cubic, config, smoothed_rtt: *round_trip, reacts_from: *heeds_from, closing })
+        Box::new(Self { cubic, config, smoothed_rtt: *smoothed_rtt, reacts_from: *reacts_from, closing })
     }
 
     fn initial_window(&self) -> u64 {

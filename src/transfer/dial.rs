@@ -124,7 +124,7 @@ impl Shared {
         let found =
             peer_of(&connection).ok_or_else(|| unreachable(false, "the listener has no libp2p certificate".into()))?;
         if found == self.own_id {
-            let node = timeout(self.timeouts.handshake(), self.node_behind_own_key(address, &connection)).await;
+            let node = timeout(self.timeouts.handshake(), self.node_with_own_key(address, &connection)).await;
             close(&connection, DONE, b"myself");
             return Err(match node.ok().flatten() {
                 Some(node) => DialError::SharedKey { address, node },
@@ -168,20 +168,20 @@ impl Shared {
 
     /// The versions that the listener reports when it closes a connection without a common MAJOR.
     async fn versions_of(&self, connection: &Connection) -> String {
-        let said = match timeout(self.timeouts.dial, connection.closed()).await {
+        let versions = match timeout(self.timeouts.dial, connection.closed()).await {
             Ok(ConnectionError::ApplicationClosed(end)) if end.error_code == OTHER_VERSION => {
                 printable(&String::from_utf8_lossy(&end.reason))
             }
             _ => String::new(),
         };
         close(connection, DONE, b"no common version");
-        if said.is_empty() { "another".to_owned() } else { said }
+        if versions.is_empty() { "another".to_owned() } else { versions }
     }
 
     /// The name of the other node at an address where this agent's own key answers. `None` where
     /// the address leads back to this agent: our acceptor rejects a `Hello` with our own key and
     /// node name. An agent that cannot decode the `Hello` counts as this agent.
-    async fn node_behind_own_key(&self, address: SocketAddr, connection: &Connection) -> Option<NodeName> {
+    async fn node_with_own_key(&self, address: SocketAddr, connection: &Connection) -> Option<NodeName> {
         let format = format_of(connection, self.versions)?;
         let answer = self.send_hello(address, connection, format, Credential::default()).await.ok()?;
         let Welcome::Admitted(hello) = answer else { return None };
@@ -205,14 +205,14 @@ impl Shared {
             }
             Err(error) => return Err(handshake_error(address, peer, connection, &error)),
         };
-        let decided = self.admission.admit(peer, &theirs.credential).await;
-        self.metrics.admission_decided(admission_result(decided.as_ref()));
-        let AdmittedPeer { node, pod, valid_until: until, is_in_grace: _ } =
-            decided.map_err(|refusal| DialError::NotAdmitted { peer, address, refusal })?;
-        let broken = |error: NodeNameError| DialError::Protocol { peer, address, reason: error.to_string() };
+        let verdict = self.admission.admit(peer, &theirs.credential).await;
+        self.metrics.admission_decided(admission_result(verdict.as_ref()));
+        let AdmittedPeer { node, pod, valid_until, is_in_grace: _ } =
+            verdict.map_err(|rejection| DialError::NotAdmitted { peer, address, refusal: rejection })?;
+        let protocol_error = |error: NodeNameError| DialError::Protocol { peer, address, reason: error.to_string() };
         self.observed_address.send_replace(Some(theirs.observed_address));
-        let met = peer_from(peer, address, &theirs, node).map_err(broken)?;
-        Ok((met, PeerAdmission { credential: theirs.credential, valid_until: until, pod }))
+        let dialed_peer = peer_from(peer, address, &theirs, node).map_err(protocol_error)?;
+        Ok((dialed_peer, PeerAdmission { credential: theirs.credential, valid_until, pod }))
     }
 
     async fn send_hello(
@@ -230,8 +230,8 @@ impl Shared {
     }
 
     /// Our `Hello` for a peer whose address is `seen` from here.
-    pub(super) fn own_hello(&self, credential: Credential, seen: IpAddr) -> Hello {
-        Hello { credential, node: self.node.to_string(), gossip_port: self.gossip_port, observed_address: seen }
+    pub(super) fn own_hello(&self, credential: Credential, observed_address: IpAddr) -> Hello {
+        Hello { credential, node: self.node.to_string(), gossip_port: self.gossip_port, observed_address }
     }
 }
 

@@ -59,34 +59,34 @@ impl PieceFetcher for Transfer {
         &self,
         peer: PeerId,
         digest: Digest,
-        cut: PieceLayout,
-        heard: StateSink<'_>,
+        layout: PieceLayout,
+        on_states: StateSink<'_>,
     ) -> Result<HashChain, FetchError> {
-        let wanted = BlobRequest { peer, digest, size: cut.size() };
-        let listed = match self.0.fetch_hash_chain(wanted, cut, heard).await {
-            Err(FetchError::OtherMajor { .. }) => self.0.hash_chain_by_get(wanted, cut, heard).await,
-            listed => listed,
+        let wanted = BlobRequest { peer, digest, size: layout.size() };
+        let fetched = match self.0.fetch_hash_chain(wanted, layout, on_states).await {
+            Err(FetchError::OtherMajor { .. }) => self.0.hash_chain_by_get(wanted, layout, on_states).await,
+            fetched => fetched,
         };
-        listed.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
+        fetched.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
     }
 
     async fn follow(
         &self,
         peer: PeerId,
         digest: Digest,
-        cut: PieceLayout,
+        layout: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
-        let wanted = BlobRequest { peer, digest, size: cut.size() };
-        let followed = match self.0.follow(wanted, cut).await {
-            Err(FetchError::OtherMajor { .. }) => self.0.follow_by_have(wanted, cut).await,
+        let wanted = BlobRequest { peer, digest, size: layout.size() };
+        let followed = match self.0.follow(wanted, layout).await {
+            Err(FetchError::OtherMajor { .. }) => self.0.follow_by_have(wanted, layout).await,
             followed => followed,
         };
         followed.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
     }
 
-    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        let fetched = match self.0.fetch_pieces(order, sink).await {
-            Err(FetchError::OtherMajor { .. }) => self.0.fetch_pieces_by_get(order, sink).await,
+    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        let fetched = match self.0.fetch_pieces(request, sink).await {
+            Err(FetchError::OtherMajor { .. }) => self.0.fetch_pieces_by_get(request, sink).await,
             fetched => fetched,
         };
         fetched.inspect_err(|error| self.0.metrics.fetch_failed(error.label()))
@@ -153,10 +153,10 @@ impl Shared {
     ) -> Result<BlobProof, FetchError> {
         let mut hasher = Hasher::default();
         let mut batch = vec![Bytes::new(); BATCH_CHUNKS];
-        let (mut chunks, mut held) = (0, 0);
+        let (mut chunks, mut batch_bytes) = (0, 0);
         let stall = self.timeouts.stall;
         let mut stall_timer = std::pin::pin!(sleep(stall));
-        let mut since_moved = 0;
+        let mut bytes_since_reset = 0;
         loop {
             let read = tokio::select! {
                 biased;
@@ -180,21 +180,21 @@ impl Shared {
             }
             arrived.iter().for_each(|chunk| hasher.update(chunk));
             chunks += read;
-            held += bytes;
-            since_moved += bytes as u64;
-            let full = held >= BATCH || chunks == BATCH_CHUNKS;
+            batch_bytes += bytes;
+            bytes_since_reset += bytes as u64;
+            let full = batch_bytes >= BATCH || chunks == BATCH_CHUNKS;
             if full {
-                self.append_batch(&mut batch[..chunks], held, sink).await?;
-                (chunks, held) = (0, 0);
+                self.append_batch(&mut batch[..chunks], batch_bytes, sink).await?;
+                (chunks, batch_bytes) = (0, 0);
             }
             // The time of the sink does not count against the sender.
-            if full || since_moved >= MIN_BYTES_PER_STALL {
+            if full || bytes_since_reset >= MIN_BYTES_PER_STALL {
                 stall_timer.as_mut().reset(Instant::now() + stall);
-                since_moved = 0;
+                bytes_since_reset = 0;
             }
         }
         if chunks > 0 {
-            self.append_batch(&mut batch[..chunks], held, sink).await?;
+            self.append_batch(&mut batch[..chunks], batch_bytes, sink).await?;
         }
         hasher.verify(wanted.digest, wanted.size).map_err(|source| FetchError::Corrupt { peer: wanted.peer, source })
     }
@@ -242,12 +242,12 @@ impl Shared {
         address: SocketAddr,
         outbound: &Outbound,
     ) -> Result<SharedConnection, DialError> {
-        let seen = outbound.failures();
+        let failures_before = outbound.failures();
         let _dialing = outbound.dial_lock.lock().await;
         if let Some(connection) = outbound.connection() {
             return Ok(connection);
         }
-        if let Some(error) = outbound.failed_since(seen) {
+        if let Some(error) = outbound.failed_since(failures_before) {
             return Err(error);
         }
         match self.dial(address, Some(peer)).await {
@@ -274,7 +274,7 @@ impl Shared {
         if format.is_previous() && request.needs_equal_majors() {
             return Err(FetchError::OtherMajor { peer });
         }
-        let asked = async {
+        let exchange = async {
             let (mut send, mut recv) = connection.open_bi().await.map_err(|error| wanted.connection_lost(&error))?;
             wire::write_in(&mut send, request, format)
                 .await
@@ -285,7 +285,7 @@ impl Shared {
             let answer = answer.map_err(|error| wanted.answer_failed(connection, error))?;
             Ok((answer, recv))
         };
-        let answered = timeout(self.timeouts.answer, asked).await;
+        let answered = timeout(self.timeouts.answer, exchange).await;
         answered.unwrap_or_else(|_| Err(wanted.stalled(self.timeouts.answer.as_secs())))
     }
 }
@@ -298,8 +298,8 @@ fn fetch_error_of(peer: PeerId, error: DialError) -> FetchError {
         DialError::Rejected { address, reason, .. } => {
             FetchError::NotAdmitted { peer, reason: format!("the peer at {address} rejects this agent: {reason}") }
         }
-        DialError::NotAdmitted { address, refusal, .. } => {
-            FetchError::NotAdmitted { peer, reason: format!("this agent rejects the peer at {address}: {refusal}") }
+        DialError::NotAdmitted { address, refusal: rejection, .. } => {
+            FetchError::NotAdmitted { peer, reason: format!("this agent rejects the peer at {address}: {rejection}") }
         }
         DialError::Protocol { reason, .. } => FetchError::Protocol { peer, reason },
         error @ (DialError::NoCredential(_) | DialError::OtherVersion { .. }) => {

@@ -34,7 +34,7 @@ const ENTRY_OVERHEAD: usize = 256;
 
 pub(super) struct HashChainCache {
     table: Mutex<CacheTable>,
-    hashing: Arc<Semaphore>,
+    hashing_permits: Arc<Semaphore>,
     /// For the store to open the blob, and to read each slice.
     read_timeout: Duration,
 }
@@ -64,7 +64,7 @@ pub(super) enum HashChainLookup {
 /// A chain that is being computed, as long as a request holds this.
 pub(super) struct PendingHashChain {
     digest: Digest,
-    cut: PieceLayout,
+    layout: PieceLayout,
     work: Arc<tokio::sync::Mutex<HashingProgress>>,
     computed: watch::Sender<ComputedStates>,
 }
@@ -73,7 +73,7 @@ struct HashingProgress {
     reader: Option<Box<dyn BlobReader>>,
     /// `None` when the blob is hashed.
     builder: Option<HashChainBuilder>,
-    at: u64,
+    offset: u64,
 }
 
 #[derive(Default)]
@@ -93,7 +93,7 @@ pub(super) struct StateBatch {
 
 impl HashChainCache {
     pub(super) fn new(read_timeout: Duration) -> Self {
-        Self { table: Mutex::default(), hashing: Arc::new(Semaphore::new(MAX_HASHING)), read_timeout }
+        Self { table: Mutex::default(), hashing_permits: Arc::new(Semaphore::new(MAX_HASHING)), read_timeout }
     }
 
     /// Caches the chain of a verified blob.
@@ -102,24 +102,26 @@ impl HashChainCache {
     }
 
     /// The cached or pending chain of a blob in the store; `None` when too many chains are pending.
-    pub(super) fn get_or_start(&self, digest: Digest, cut: PieceLayout) -> Option<HashChainLookup> {
-        if let Ok(empty) = HashChain::unverified(digest, cut, Vec::new()) {
+    pub(super) fn get_or_start(&self, digest: Digest, layout: PieceLayout) -> Option<HashChainLookup> {
+        if let Ok(empty) = HashChain::unverified(digest, layout, Vec::new()) {
             return Some(HashChainLookup::Cached(Arc::new(empty)));
         }
         let mut table = self.lock();
-        if let Some(chain) = table.get(digest).filter(|chain| chain.layout() == cut) {
+        if let Some(chain) = table.get(digest).filter(|chain| chain.layout() == layout) {
             return Some(HashChainLookup::Cached(chain));
         }
-        if let Some(pending) = table.pending.get(&digest).and_then(Weak::upgrade).filter(|pending| pending.cut == cut) {
+        if let Some(pending) =
+            table.pending.get(&digest).and_then(Weak::upgrade).filter(|pending| pending.layout == layout)
+        {
             return Some(HashChainLookup::Pending(pending));
         }
         table.pending.retain(|_, pending| pending.strong_count() > 0);
         if table.pending.len() >= MAX_PENDING {
             return None;
         }
-        let work = HashingProgress { reader: None, builder: Some(HashChainBuilder::new(cut)), at: 0 };
+        let work = HashingProgress { reader: None, builder: Some(HashChainBuilder::new(layout)), offset: 0 };
         let work = Arc::new(tokio::sync::Mutex::new(work));
-        let pending = Arc::new(PendingHashChain { digest, cut, work, computed: watch::Sender::default() });
+        let pending = Arc::new(PendingHashChain { digest, layout, work, computed: watch::Sender::default() });
         table.pending.insert(digest, Arc::downgrade(&pending));
         Some(HashChainLookup::Pending(pending))
     }
@@ -132,16 +134,16 @@ impl HashChainCache {
     pub(super) async fn next_states(
         &self,
         pending: &PendingHashChain,
-        had: usize,
+        known: usize,
         store: &dyn ContentStore,
     ) -> Result<StateBatch, StoreError> {
-        let mut made = pending.computed.subscribe();
+        let mut computed = pending.computed.subscribe();
         loop {
-            if let Some(more) = states_after(&made.borrow_and_update(), pending.digest, had)? {
-                return Ok(more);
+            if let Some(batch) = states_after(&computed.borrow_and_update(), pending.digest, known)? {
+                return Ok(batch);
             }
             tokio::select! {
-                _ = made.changed() => {}
+                _ = computed.changed() => {}
                 work = pending.work.clone().lock_owned() => self.hash_slice(pending, work, store).await?,
             }
         }
@@ -153,28 +155,30 @@ impl HashChainCache {
         mut work: OwnedMutexGuard<HashingProgress>,
         store: &dyn ContentStore,
     ) -> Result<(), StoreError> {
-        let hashing = self.hashing.clone().acquire_owned().await;
+        let permit = self.hashing_permits.clone().acquire_owned().await;
         if work.builder.is_none() {
             return Ok(());
         }
-        if work.at < pending.cut.size() {
+        if work.offset < pending.layout.size() {
             let read = timeout(self.read_timeout, work.read(pending.digest, store)).await;
             let bytes = read.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".into())))?;
-            work.at += bytes.len() as u64;
+            work.offset += bytes.len() as u64;
             // A request that is dropped during the hashing leaves the work to the next.
             let hashed = spawn_blocking(move || {
-                let _hashing = hashing;
+                let _permit = permit;
                 work.builder.iter_mut().for_each(|builder| builder.update(&bytes));
                 work
             });
             work = hashed.await.map_err(|error| StoreError::Other(error.to_string()))?;
         }
-        if work.at == pending.cut.size() {
+        if work.offset == pending.layout.size() {
             self.finish(pending, work.builder.take());
         } else if let Some(builder) = &work.builder {
             // The last state is held back: no chain is complete before the blob is verified.
-            let known = builder.states().len().min(pending.cut.piece_count() - 2);
-            publish(pending, |made| made.states.extend_from_slice(&builder.states()[made.states.len()..known]));
+            let known = builder.states().len().min(pending.layout.piece_count() - 2);
+            publish(pending, |computed| {
+                computed.states.extend_from_slice(&builder.states()[computed.states.len()..known])
+            });
         }
         Ok(())
     }
@@ -182,16 +186,16 @@ impl HashChainCache {
     fn finish(&self, pending: &PendingHashChain, builder: Option<HashChainBuilder>) {
         match builder.and_then(HashChainBuilder::finish).filter(|chain| chain.digest() == pending.digest) {
             Some(chain) => {
-                publish(pending, |made| {
-                    made.states.extend_from_slice(&chain.states()[made.states.len()..]);
-                    made.is_end = true;
+                publish(pending, |computed| {
+                    computed.states.extend_from_slice(&chain.states()[computed.states.len()..]);
+                    computed.is_end = true;
                 });
                 self.insert(Arc::new(chain));
             }
             None => {
-                let (digest, size) = (pending.digest, pending.cut.size());
+                let (digest, size) = (pending.digest, pending.layout.size());
                 tracing::warn!(%digest, size, "a blob in the content store does not match its digest");
-                publish(pending, |made| made.is_corrupt = true);
+                publish(pending, |computed| computed.is_corrupt = true);
             }
         }
     }
@@ -208,12 +212,12 @@ impl HashChainCache {
     }
 }
 
-fn states_after(made: &ComputedStates, digest: Digest, had: usize) -> Result<Option<StateBatch>, StoreError> {
-    if made.is_corrupt {
+fn states_after(computed: &ComputedStates, digest: Digest, known: usize) -> Result<Option<StateBatch>, StoreError> {
+    if computed.is_corrupt {
         return Err(StoreError::Other(format!("the bytes of {digest} do not match the digest")));
     }
-    let states = &made.states[had..];
-    Ok((made.is_end || !states.is_empty()).then(|| StateBatch { states: states.to_vec(), is_end: made.is_end }))
+    let states = &computed.states[known..];
+    Ok((computed.is_end || !states.is_empty()).then(|| StateBatch { states: states.to_vec(), is_end: computed.is_end }))
 }
 
 fn publish(pending: &PendingHashChain, change: impl FnOnce(&mut ComputedStates)) {
@@ -227,9 +231,9 @@ impl HashingProgress {
             Some(reader) => reader,
             None => self.reader.insert(store.open(digest).await?),
         };
-        let bytes = reader.read_at(self.at, SLICE_BYTES).await?;
+        let bytes = reader.read_at(self.offset, SLICE_BYTES).await?;
         if bytes.is_empty() {
-            return Err(StoreError::Other(format!("{digest} ends at {}", self.at)));
+            return Err(StoreError::Other(format!("{digest} ends at {}", self.offset)));
         }
         Ok(bytes)
     }
@@ -238,10 +242,10 @@ impl HashingProgress {
 impl CacheTable {
     fn get(&mut self, digest: Digest) -> Option<Arc<HashChain>> {
         self.uses += 1;
-        let kept = self.cached.get_mut(&digest)?;
-        self.by_last_use.remove(&std::mem::replace(&mut kept.last_use, self.uses));
+        let entry = self.cached.get_mut(&digest)?;
+        self.by_last_use.remove(&std::mem::replace(&mut entry.last_use, self.uses));
         self.by_last_use.insert(self.uses, digest);
-        Some(kept.chain.clone())
+        Some(entry.chain.clone())
     }
 
     fn insert(&mut self, chain: Arc<HashChain>) {
@@ -259,9 +263,9 @@ impl CacheTable {
     }
 
     fn remove(&mut self, digest: Digest) {
-        if let Some(kept) = self.cached.remove(&digest) {
-            self.by_last_use.remove(&kept.last_use);
-            self.bytes -= cost(&kept.chain);
+        if let Some(entry) = self.cached.remove(&digest) {
+            self.by_last_use.remove(&entry.last_use);
+            self.bytes -= cost(&entry.chain);
         }
     }
 }
@@ -283,28 +287,28 @@ mod tests {
     #[test]
     fn the_least_recently_used_hash_chains_are_evicted() {
         let chains = HashChainCache::new(Duration::ZERO);
-        let each = cost(&chain(0, 256));
-        let most = MAX_CACHED_BYTES / each;
-        (0..most).for_each(|number| chains.insert(chain(number, 256)));
-        let is_known = |number| {
+        let chain_cost = cost(&chain(0, 256));
+        let capacity = MAX_CACHED_BYTES / chain_cost;
+        (0..capacity).for_each(|number| chains.insert(chain(number, 256)));
+        let is_cached = |number| {
             let chain = chain(number, 256);
             matches!(chains.get_or_start(chain.digest(), chain.layout()), Some(HashChainLookup::Cached(_)))
         };
-        assert!(is_known(0), "chain 0 is cached");
-        chains.insert(chain(most, 256));
-        assert_eq!((is_known(0), is_known(1), is_known(2), is_known(most)), (true, false, true, true));
+        assert!(is_cached(0), "chain 0 is cached");
+        chains.insert(chain(capacity, 256));
+        assert_eq!((is_cached(0), is_cached(1), is_cached(2), is_cached(capacity)), (true, false, true, true));
         // The same chain again takes no more room.
-        chains.insert(chain(most, 256));
-        assert_eq!((is_known(2), chains.lock().bytes), (true, most * each));
+        chains.insert(chain(capacity, 256));
+        assert_eq!((is_cached(2), chains.lock().bytes), (true, capacity * chain_cost));
     }
 
     #[test]
     fn hash_chains_that_are_computed_at_once_are_bounded() {
         let chains = HashChainCache::new(Duration::ZERO);
-        let ask = |number| chains.get_or_start(chain(number, 2).digest(), PieceLayout::for_size(2 << 18));
-        let mut pending: Vec<_> = (0..MAX_PENDING).map(|number| ask(number).unwrap()).collect();
-        assert!(ask(MAX_PENDING).is_none() && ask(0).is_some(), "a pending chain needs no further room");
+        let start = |number| chains.get_or_start(chain(number, 2).digest(), PieceLayout::for_size(2 << 18));
+        let mut pending: Vec<_> = (0..MAX_PENDING).map(|number| start(number).unwrap()).collect();
+        assert!(start(MAX_PENDING).is_none() && start(0).is_some(), "a pending chain needs no further room");
         pending.pop();
-        assert!(ask(MAX_PENDING).is_some());
+        assert!(start(MAX_PENDING).is_some());
     }
 }

@@ -76,14 +76,14 @@ impl PeerTable {
         let Some(pod) = admission.pod.as_deref() else { return };
         let mut pods = lock(&self.pods);
         let known = table.get(&peer).map(|entry| &entry.admission);
-        let before = known.and_then(|known| known.pod.as_deref());
-        if before != Some(pod) {
+        let previous_pod = known.and_then(|known| known.pod.as_deref());
+        if previous_pod != Some(pod) {
             // The entry keeps the credential that lasts longer, with its pod.
             if known.is_some_and(|known| known.valid_until > admission.valid_until) {
                 return;
             }
-            if let Some(before) = before {
-                pods.remove(before, peer);
+            if let Some(previous_pod) = previous_pod {
+                pods.remove(previous_pod, peer);
             }
         }
         if let Some(displaced) = pods.record(pod, peer)
@@ -119,9 +119,9 @@ impl PeerTable {
     /// Peers with inbound connections whose verdict expired longer ago than clocks may differ.
     pub(super) fn expired(&self, now: Duration) -> Vec<(PeerId, PeerAdmission)> {
         let table = lock(&self.table);
-        let is_over =
+        let is_expired =
             |entry: &&PeerEntry| entry.admission.valid_until.saturating_add(LEEWAY) < now && !entry.inbound.is_empty();
-        table.values().filter(is_over).map(|entry| (entry.peer.id, entry.admission.clone())).collect()
+        table.values().filter(is_expired).map(|entry| (entry.peer.id, entry.admission.clone())).collect()
     }
 
     pub(super) fn close_inbound(&self, peer: PeerId) {
@@ -170,8 +170,9 @@ impl PeerTable {
     /// lasts.
     pub(super) fn connected_at(&self, address: SocketAddr, now: Duration) -> Option<Peer> {
         let table = lock(&self.table);
-        let mut at = table.values().filter(|entry| entry.peer.transfer == address && entry.admission.valid_until > now);
-        at.find(|entry| entry.outbound.connection().is_some()).map(|entry| entry.peer.clone())
+        let mut matching =
+            table.values().filter(|entry| entry.peer.transfer == address && entry.admission.valid_until > now);
+        matching.find(|entry| entry.outbound.connection().is_some()).map(|entry| entry.peer.clone())
     }
 
     pub(super) fn get(&self, peer: PeerId) -> Option<Peer> {
@@ -248,21 +249,21 @@ impl Outbound {
     /// The live connection, which then counts as used.
     pub(super) fn connection(&self) -> Option<SharedConnection> {
         let mut slot = lock(&self.connection);
-        let (line, used) = slot.as_mut().filter(|(line, _)| line.close_reason().is_none())?;
-        *used = Instant::now();
-        Some(line.clone())
+        let (connection, last_used) = slot.as_mut().filter(|(connection, _)| connection.close_reason().is_none())?;
+        *last_used = Instant::now();
+        Some(connection.clone())
     }
 
     /// Stores a new connection. With a live connection in place, the new one is closed.
     pub(super) fn insert(&self, connection: Connection) -> SharedConnection {
         let mut slot = lock(&self.connection);
-        if let Some((line, _)) = slot.as_ref().filter(|(line, _)| line.close_reason().is_none()) {
+        if let Some((existing, _)) = slot.as_ref().filter(|(existing, _)| existing.close_reason().is_none()) {
             close(&connection, DONE, b"there is another");
-            return line.clone();
+            return existing.clone();
         }
-        let line = Arc::new(connection);
-        *slot = Some((line.clone(), Instant::now()));
-        line
+        let shared = Arc::new(connection);
+        *slot = Some((shared.clone(), Instant::now()));
+        shared
     }
 
     /// The number of failed dials.
@@ -272,37 +273,37 @@ impl Outbound {
 
     /// The error of the last dial, when a dial failed after `seen` were counted. Waiting callers
     /// share that outcome instead of dialing one after another.
-    pub(super) fn failed_since(&self, seen: u64) -> Option<DialError> {
-        let failed = lock(&self.dial_failures);
-        failed.1.clone().filter(|_| failed.0 != seen)
+    pub(super) fn failed_since(&self, failures_before: u64) -> Option<DialError> {
+        let dial_failures = lock(&self.dial_failures);
+        dial_failures.1.clone().filter(|_| dial_failures.0 != failures_before)
     }
 
     pub(super) fn record_failure(&self, error: DialError) {
-        let mut failed = lock(&self.dial_failures);
-        *failed = (failed.0 + 1, Some(error));
+        let mut dial_failures = lock(&self.dial_failures);
+        *dial_failures = (dial_failures.0 + 1, Some(error));
     }
 
     /// Drops the connection, and closes an unused one. Running transfers keep their clones.
     fn retire(&self) {
-        let retired = lock(&self.connection).take().filter(|(line, _)| Arc::strong_count(line) == 1);
-        if let Some((line, _)) = retired {
-            close(&line, DONE, b"another credential");
+        let retired = lock(&self.connection).take().filter(|(connection, _)| Arc::strong_count(connection) == 1);
+        if let Some((connection, _)) = retired {
+            close(&connection, DONE, b"another credential");
         }
     }
 
     fn close(&self, reason: &[u8]) {
-        if let Some((line, _)) = lock(&self.connection).take() {
-            close(&line, DONE, reason);
+        if let Some((connection, _)) = lock(&self.connection).take() {
+            close(&connection, DONE, reason);
         }
     }
 
     fn close_if_unused(&self, unused: Duration) {
         let mut slot = lock(&self.connection);
-        let Some((line, used)) = slot.as_mut() else { return };
-        if Arc::strong_count(line) > 1 {
-            *used = Instant::now();
-        } else if used.elapsed() >= unused || line.close_reason().is_some() {
-            close(line, DONE, b"not used");
+        let Some((connection, last_used)) = slot.as_mut() else { return };
+        if Arc::strong_count(connection) > 1 {
+            *last_used = Instant::now();
+        } else if last_used.elapsed() >= unused || connection.close_reason().is_some() {
+            close(connection, DONE, b"not used");
             *slot = None;
         }
     }

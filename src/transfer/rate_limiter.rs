@@ -37,10 +37,10 @@ struct TransferPermits {
 pub(super) struct TransferPermit<'a>(&'a TransferPermits);
 
 impl RateLimiter {
-    pub(super) fn new(rules: PolicyReceiver, rate_of: fn(&Budgets) -> u64) -> Self {
-        let rate = rate_in(&rules, rate_of);
+    pub(super) fn new(policy: PolicyReceiver, rate_of: fn(&Budgets) -> u64) -> Self {
+        let rate = rate_in(&policy, rate_of);
         Self {
-            policy: rules,
+            policy,
             rate_of,
             bucket: Mutex::new(TokenBucket::new(rate, Instant::now().into_std())),
             permit_queue: Mutex::default(),
@@ -69,16 +69,16 @@ impl RateLimiter {
 
     async fn acquire_chunk(&self, bytes: u64) {
         let mut bucket = self.bucket.lock().await;
-        let mut rules = self.policy.clone();
+        let mut policy = self.policy.clone();
         loop {
             // Marked before the policy is read: a later change wakes the wait.
-            rules.iter_mut().for_each(watch::Receiver::mark_unchanged);
+            policy.iter_mut().for_each(watch::Receiver::mark_unchanged);
             let now = Instant::now().into_std();
             bucket.set_rate(self.rate(), now);
             let Err(wait) = bucket.take(bytes, now) else { return };
             tokio::select! {
                 () = sleep(wait) => {}
-                () = policy_changed(&mut rules) => {}
+                () = policy_changed(&mut policy) => {}
             }
         }
     }
@@ -87,26 +87,26 @@ impl RateLimiter {
     /// enough for its other end.
     pub(super) async fn acquire_permit(&self) -> TransferPermit<'_> {
         let _next = self.permit_queue.lock().await;
-        let mut rules = self.policy.clone();
+        let mut policy = self.policy.clone();
         loop {
-            rules.iter_mut().for_each(watch::Receiver::mark_unchanged);
+            policy.iter_mut().for_each(watch::Receiver::mark_unchanged);
             if let Some(permit) = self.try_acquire_permit() {
                 return permit;
             }
             tokio::select! {
                 // Wakes this waiter, or is kept for the next: the lock admits one waiter at a time.
                 () = self.permits.released.notified() => {}
-                () = policy_changed(&mut rules) => {}
+                () = policy_changed(&mut policy) => {}
             }
         }
     }
 
     /// Takes a permit if one is free, ahead of waiting transfers.
     pub(super) fn try_acquire_permit(&self) -> Option<TransferPermit<'_>> {
-        let most = concurrent_transfers(self.rate());
-        let taken = &self.permits.in_use;
-        let more = |taken: usize| (taken < most).then_some(taken + 1);
-        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| TransferPermit(&self.permits))
+        let limit = concurrent_transfers(self.rate());
+        let in_use = &self.permits.in_use;
+        let increment = |count: usize| (count < limit).then_some(count + 1);
+        in_use.fetch_update(Ordering::Relaxed, Ordering::Relaxed, increment).ok().map(|_| TransferPermit(&self.permits))
     }
 }
 
@@ -117,14 +117,14 @@ impl Drop for TransferPermit<'_> {
     }
 }
 
-fn rate_in(rules: &PolicyReceiver, rate_of: fn(&Budgets) -> u64) -> u64 {
-    rules.as_ref().map_or(0, |rules| rate_of(&rules.borrow().budgets))
+fn rate_in(policy: &PolicyReceiver, rate_of: fn(&Budgets) -> u64) -> u64 {
+    policy.as_ref().map_or(0, |policy| rate_of(&policy.borrow().budgets))
 }
 
 /// Waits for another policy; forever when the sender is gone.
-async fn policy_changed(rules: &mut PolicyReceiver) {
-    if let Some(rules) = rules
-        && rules.changed().await.is_ok()
+async fn policy_changed(policy: &mut PolicyReceiver) {
+    if let Some(policy) = policy
+        && policy.changed().await.is_ok()
     {
         return;
     }
@@ -148,7 +148,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn streams_share_the_rate_chunk_by_chunk() {
-        let (_rules, limiter) = limiter(MIN_RATE);
+        let (_policy, limiter) = limiter(MIN_RATE);
         limiter.acquire_bytes(CHUNK).await;
         let began = Instant::now();
         let ends = join_all((0..3).map(|_| async {
@@ -174,7 +174,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_bytes_that_pass_are_the_rate_times_the_time() {
         for streams in [1, 3, 50] {
-            let (_rules, limiter) = limiter(10 * MIN_RATE);
+            let (_policy, limiter) = limiter(10 * MIN_RATE);
             let began = Instant::now();
             // The bucket is full at first: 2.5 chunks.
             join_all((0..streams).map(|_| limiter.acquire_bytes(100 * CHUNK))).await;
@@ -201,7 +201,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_cancelled_wait_for_a_permit_leaves_the_permit_to_the_next() {
-        let (_rules, limiter) = limiter(MIN_RATE);
+        let (_policy, limiter) = limiter(MIN_RATE);
         let (_first, second) = (limiter.acquire_permit().await, limiter.acquire_permit().await);
         let given_up = tokio::time::timeout(Duration::from_secs(1), limiter.acquire_permit()).await;
         assert!(given_up.is_err());

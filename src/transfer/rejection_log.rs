@@ -45,8 +45,8 @@ impl RejectionLog {
         if logged.interval_start.is_none_or(|since| now >= since + LOG_INTERVAL) {
             *logged = LoggedRejections { interval_start: Some(now), rejections: HashSet::new() };
         }
-        let is_near = |other: IpAddr| Subnet::of(other) == Subnet::of(address);
-        let of_subnet = logged.rejections.iter().filter(|(other, _)| is_near(*other)).count();
+        let is_same_subnet = |other: IpAddr| Subnet::of(other) == Subnet::of(address);
+        let of_subnet = logged.rejections.iter().filter(|(other, _)| is_same_subnet(*other)).count();
         of_subnet < MAX_LINES_PER_SUBNET
             && logged.rejections.len() < MAX_LINES
             && logged.rejections.insert((address, reason))
@@ -65,29 +65,29 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_rejected_address_is_logged_once_a_minute_for_each_reason() {
-        let refusals = RejectionLog::default();
-        assert!(refusals.record(address(1), "denied"));
-        assert!(!refusals.record(address(1), "denied"));
-        assert!(refusals.record(address(1), "cannot_tell") && refusals.record(address(2), "denied"));
+        let rejections = RejectionLog::default();
+        assert!(rejections.record(address(1), "denied"));
+        assert!(!rejections.record(address(1), "denied"));
+        assert!(rejections.record(address(1), "cannot_tell") && rejections.record(address(2), "denied"));
         advance(LOG_INTERVAL - Duration::from_millis(1)).await;
-        assert!(!refusals.record(address(1), "denied"));
+        assert!(!rejections.record(address(1), "denied"));
         advance(Duration::from_millis(1)).await;
-        assert!(refusals.record(address(1), "denied"));
+        assert!(rejections.record(address(1), "denied"));
     }
 
     #[tokio::test(start_paused = true)]
     async fn one_ipv6_subnet_leaves_log_lines_for_others() {
-        let refusals = RejectionLog::default();
-        let is_news =
-            |subnet: u16, host: u16| refusals.record(IpAddr::from([0xfd77, 0, 0, subnet, 0, 0, 0, host]), "denied");
-        assert_eq!((0..200).filter(|host| is_news(1, *host)).count(), MAX_LINES_PER_SUBNET);
-        assert!(is_news(2, 1));
+        let rejections = RejectionLog::default();
+        let is_logged =
+            |subnet: u16, host: u16| rejections.record(IpAddr::from([0xfd77, 0, 0, subnet, 0, 0, 0, host]), "denied");
+        assert_eq!((0..200).filter(|host| is_logged(1, *host)).count(), MAX_LINES_PER_SUBNET);
+        assert!(is_logged(2, 1));
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_log_lines_about_rejected_addresses_are_bounded() {
-        let refusals = RejectionLog::default();
-        let logged = || (0..200).filter(|n| refusals.record(address(*n), "denied")).count();
+        let rejections = RejectionLog::default();
+        let logged = || (0..200).filter(|n| rejections.record(address(*n), "denied")).count();
         assert_eq!((logged(), logged()), (MAX_LINES, 0));
         advance(LOG_INTERVAL).await;
         assert_eq!(logged(), MAX_LINES);

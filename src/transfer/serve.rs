@@ -127,8 +127,8 @@ impl Shared {
             Ok(Ok(Request::Get { digest, offset, length })) => {
                 self.serve_get(digest, offset, length, &mut stream).await
             }
-            Ok(Ok(Request::Pieces { digest, pieces: choice, limit: most })) => {
-                self.serve_pieces(peer, RequestedPieces { digest, pieces: choice, limit: most }, &mut stream).await
+            Ok(Ok(Request::Pieces { digest, pieces, limit })) => {
+                self.serve_pieces(peer, RequestedPieces { digest, pieces, limit }, &mut stream).await
             }
             Ok(Ok(Request::HashChain(digest))) => self.serve_hash_chain(digest, &mut stream).await,
             Ok(Ok(Request::Follow(digest))) => self.serve_follow(digest, &mut stream).await,
@@ -165,9 +165,9 @@ impl Shared {
         stream: &mut ResponseStream,
     ) -> Result<(), ServeError> {
         // Acquired before the store is read, and held until the reader has everything.
-        let serving = self.serve_permits.try_acquire().ok();
+        let serve_permit = self.serve_permits.try_acquire().ok();
         let permit = if length > CHUNK { self.upload_limiter.try_acquire_permit().map(Some) } else { Some(None) };
-        let (Some(_serving), Some(_permit)) = (serving, permit) else {
+        let (Some(_serve_permit), Some(_permit)) = (serve_permit, permit) else {
             return self.answer_and_finish(stream, &Answer::Busy).await;
         };
         let reader = match self.with_store_timeout(self.store.open(digest)).await {
@@ -204,13 +204,13 @@ impl Shared {
                 );
             }
             at += length;
-            let ahead = if at < end {
+            let read_ahead = if at < end {
                 Either::Left(reader.read_at(at, limit(at)))
             } else {
                 Either::Right(ready(Ok(Bytes::new())))
             };
             let (written, read) =
-                join(self.write_limited(chunk, send), timeout(self.timeouts.slow_reader, ahead)).await;
+                join(self.write_limited(chunk, send), timeout(self.timeouts.slow_reader, read_ahead)).await;
             written?;
             self.metrics.served(length);
             chunk = read.map_err(|_| store_timeout())??;
@@ -236,8 +236,11 @@ impl Shared {
         Ok(())
     }
 
-    async fn with_store_timeout<T>(&self, asked: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
-        timeout(self.timeouts.answer, asked).await.unwrap_or_else(|_| Err(store_timeout()))
+    async fn with_store_timeout<T>(
+        &self,
+        operation: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        timeout(self.timeouts.answer, operation).await.unwrap_or_else(|_| Err(store_timeout()))
     }
 
     /// Answers that the store failed, which is no fault of the peer. Returns the error for our log.

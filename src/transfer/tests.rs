@@ -91,7 +91,7 @@ impl BlobReader for TestBlobReader {
         self.blob.len() as u64
     }
 
-    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
         if let Some(open) = &mut self.open {
             open.wait_for(|open| *open).await.map_err(|_| StoreError::Absent(self.digest))?;
         }
@@ -99,7 +99,7 @@ impl BlobReader for TestBlobReader {
             return Err(StoreError::Other("the disk is on fire".into()));
         }
         let from = usize::try_from(offset).unwrap().min(self.blob.len());
-        let bytes = self.blob.slice(from..self.blob.len().min(from + most));
+        let bytes = self.blob.slice(from..self.blob.len().min(from + limit));
         self.reads.fetch_add(bytes.len(), Ordering::Relaxed);
         Ok(bytes)
     }
@@ -175,7 +175,7 @@ impl ContentStore for TestStore {
 struct TestAdmission {
     allowed: Option<HashSet<PeerId>>,
     /// Validity of a verdict from now on.
-    life: Arc<Mutex<Duration>>,
+    lifetime: Arc<Mutex<Duration>>,
     /// The pods of the keys.
     pods: HashMap<PeerId, String>,
     /// The result of [`Admission::admit_relayed`].
@@ -185,10 +185,10 @@ struct TestAdmission {
 
 impl Default for TestAdmission {
     fn default() -> Self {
-        let life = Arc::new(Mutex::new(Duration::from_secs(3600)));
+        let lifetime = Arc::new(Mutex::new(Duration::from_secs(3600)));
         Self {
             allowed: None,
-            life,
+            lifetime,
             pods: HashMap::new(),
             recheck: Arc::new(Mutex::new(Ok(()))),
             renewals: watch::Sender::default(),
@@ -206,7 +206,7 @@ impl TestAdmission {
         AdmittedPeer {
             node: None,
             pod: self.pods.get(&peer).cloned(),
-            valid_until: now + *self.life.lock().unwrap(),
+            valid_until: now + *self.lifetime.lock().unwrap(),
             is_in_grace: false,
         }
     }
@@ -221,7 +221,7 @@ impl Admission for TestAdmission {
         self.renewals.subscribe()
     }
     async fn admit(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
-        let admitted = self.allowed.as_ref().is_none_or(|list| list.contains(&peer));
+        let admitted = self.allowed.as_ref().is_none_or(|peers| peers.contains(&peer));
         if admitted { Ok(self.verdict(peer)) } else { Err(Rejection::Denied("not on the list".into())) }
     }
     fn admit_relayed(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
@@ -248,9 +248,9 @@ impl TransferTestNode {
         identity: &Identity,
         store: TestStore,
         admission: impl Admission + 'static,
-        limits: Timeouts,
+        timeouts: Timeouts,
     ) -> Self {
-        Self::start_at("127.0.0.1:0", identity, store, admission, limits)
+        Self::start_at("127.0.0.1:0", identity, store, admission, timeouts)
     }
 
     fn start_at(
@@ -258,14 +258,14 @@ impl TransferTestNode {
         identity: &Identity,
         store: TestStore,
         admission: impl Admission + 'static,
-        limits: Timeouts,
+        timeouts: Timeouts,
     ) -> Self {
         Self::start_with_options(
             listen,
             identity,
             store,
             admission,
-            TransferOptions { timeouts: limits, policy: None, versions: Versions::TRANSFER },
+            TransferOptions { timeouts, policy: None, versions: Versions::TRANSFER },
         )
     }
 
@@ -274,14 +274,14 @@ impl TransferTestNode {
         identity: &Identity,
         store: TestStore,
         admission: impl Admission + 'static,
-        bounds: TransferOptions,
+        options: TransferOptions,
     ) -> Self {
-        Self::start_with_partials(listen, identity, store, admission, Arc::new(NoPartialBlobs), bounds)
+        Self::start_with_partials(listen, identity, store, admission, Arc::new(NoPartialBlobs), options)
     }
 
     /// With partial blobs.
     fn start_partial(store: TestStore, partials: impl PartialBlobs) -> Self {
-        let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
+        let options = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
         let partials = Arc::new(partials);
         Self::start_with_partials(
             "127.0.0.1:0",
@@ -289,7 +289,7 @@ impl TransferTestNode {
             store,
             TestAdmission::default(),
             partials,
-            bounds,
+            options,
         )
     }
 
@@ -299,9 +299,9 @@ impl TransferTestNode {
         store: TestStore,
         admission: impl Admission + 'static,
         partials: Arc<dyn PartialBlobs>,
-        bounds: TransferOptions,
+        options: TransferOptions,
     ) -> Self {
-        Self::start_named("node-a", listen, identity, store, admission, partials, bounds)
+        Self::start_named("node-a", listen, identity, store, admission, partials, options)
     }
 
     fn start_named(
@@ -311,20 +311,20 @@ impl TransferTestNode {
         store: TestStore,
         admission: impl Admission + 'static,
         partials: Arc<dyn PartialBlobs>,
-        bounds: TransferOptions,
+        options: TransferOptions,
     ) -> Self {
         let (listen, node) = (listen.parse().unwrap(), node.parse().unwrap());
         let config = Config { listen, gossip_port: 4001, node, concurrent_uploads: 4 };
         let (sender, admitted_peers) = mpsc::channel(16);
         let metrics = Metrics::new();
-        let surroundings = TransferDependencies {
+        let dependencies = TransferDependencies {
             admission: Arc::new(admission),
             store: Arc::new(store),
             partials,
             metrics: metrics.clone(),
             admitted_peers: sender,
         };
-        let bound = Transfer::bind_with_options(config, identity, surroundings, bounds);
+        let bound = Transfer::bind_with_options(config, identity, dependencies, options);
         let (transfer, stop) = (bound.unwrap(), CancellationToken::new());
         let run = tokio::spawn(transfer.clone().run(stop.clone()));
         Self { transfer, id: identity.peer_id(), metrics, admitted_peers, stop, run }
@@ -339,12 +339,14 @@ impl TransferTestNode {
     }
 
     /// Fetches a peer's hash chain, and checks that the sink gets every state.
-    async fn hash_chain(&self, peer: PeerId, digest: Digest, cut: PieceLayout) -> Result<HashChain, FetchError> {
-        let mut heard = Vec::new();
-        let list =
-            self.transfer.fetch_hash_chain(peer, digest, cut, &mut |states| heard.extend_from_slice(states)).await?;
-        assert_eq!(heard, list.states());
-        Ok(list)
+    async fn hash_chain(&self, peer: PeerId, digest: Digest, layout: PieceLayout) -> Result<HashChain, FetchError> {
+        let mut reported = Vec::new();
+        let chain = self
+            .transfer
+            .fetch_hash_chain(peer, digest, layout, &mut |states| reported.extend_from_slice(states))
+            .await?;
+        assert_eq!(reported, chain.states());
+        Ok(chain)
     }
 
     /// Fetches into memory; the bytes of a failed fetch are dropped.
@@ -372,10 +374,10 @@ impl BlobSink for VecSink {
 
 /// A policy that sets only these rates, in bytes per second.
 pub(super) fn rates_policy(max_download_rate: u64, max_upload_rate: u64) -> Arc<Policy> {
-    let mut rules = Policy::default();
-    rules.budgets.max_download_rate = max_download_rate;
-    rules.budgets.max_upload_rate = max_upload_rate;
-    Arc::new(rules)
+    let mut policy = Policy::default();
+    policy.budgets.max_download_rate = max_download_rate;
+    policy.budgets.max_upload_rate = max_upload_rate;
+    Arc::new(policy)
 }
 
 /// Bytes without repetition near the length of a batch or a packet.

@@ -88,13 +88,13 @@ fn configs(
     // Not parsed by rustls, which looks for the fields of a web server's certificate and does not
     // support the libp2p extension.
     let signer = provider.key_provider.load_private_key(key.clone_key())?;
-    let shown = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate.clone()], signer)));
+    let resolver = Arc::new(SingleCertAndKey::from(CertifiedKey::new(vec![certificate.clone()], signer)));
 
     let mut client = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier.clone())
-        .with_client_cert_resolver(shown.clone());
+        .with_client_cert_resolver(resolver.clone());
     client.alpn_protocols = protocols(versions);
     client.enable_sni = false;
     // Every connection proves both keys anew: a resumed session would outlive a peer's verdict.
@@ -103,7 +103,7 @@ fn configs(
     let mut server = rustls::ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
-        .with_cert_resolver(shown);
+        .with_cert_resolver(resolver);
     server.alpn_protocols = protocols(versions);
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
@@ -163,12 +163,12 @@ impl ServerCertVerifier for Libp2pVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
-        more: &[CertificateDer<'_>],
+        intermediates: &[CertificateDer<'_>],
         _name: &ServerName<'_>,
         _ocsp: &[u8],
         _now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        peer_of_certificate(certificate, more)?;
+        peer_of_certificate(certificate, intermediates)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -207,10 +207,10 @@ impl ClientCertVerifier for Libp2pVerifier {
     fn verify_client_cert(
         &self,
         certificate: &CertificateDer<'_>,
-        more: &[CertificateDer<'_>],
+        intermediates: &[CertificateDer<'_>],
         _now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        peer_of_certificate(certificate, more)?;
+        peer_of_certificate(certificate, intermediates)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -253,7 +253,10 @@ mod tests {
     }
 
     /// Performs a handshake in memory. Returns the cipher, or the first error of either end.
-    fn shake(client: rustls::ClientConfig, server: rustls::ServerConfig) -> Result<rustls::CipherSuite, rustls::Error> {
+    fn handshake(
+        client: rustls::ClientConfig,
+        server: rustls::ServerConfig,
+    ) -> Result<rustls::CipherSuite, rustls::Error> {
         let name = "lighterman".try_into().unwrap();
         let mut client = rustls::ClientConnection::new(Arc::new(client), name).unwrap();
         let mut server = rustls::ServerConnection::new(Arc::new(server)).unwrap();
@@ -278,11 +281,11 @@ mod tests {
 
     #[test]
     fn two_agents_agree_on_the_cheapest_cipher() {
-        assert_eq!(shake(pair().0, pair().1), Ok(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
+        assert_eq!(handshake(pair().0, pair().1), Ok(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
     }
 
     #[test]
-    fn a_dialler_without_a_certificate_is_refused() {
+    fn a_dialer_without_a_certificate_is_rejected() {
         let mut anonymous = rustls::ClientConfig::builder_with_provider(Arc::new(provider()))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
@@ -290,24 +293,24 @@ mod tests {
             .with_custom_certificate_verifier(Arc::new(Libp2pVerifier))
             .with_no_client_auth();
         anonymous.alpn_protocols = protocols(Versions::TRANSFER);
-        assert_eq!(shake(anonymous, pair().1), Err(rustls::Error::NoCertificatesPresented));
+        assert_eq!(handshake(anonymous, pair().1), Err(rustls::Error::NoCertificatesPresented));
     }
 
     #[test]
-    fn another_protocol_is_refused() {
+    fn another_protocol_is_rejected() {
         for alpn in [b"libp2p".to_vec(), b"lighterman/2".to_vec()] {
             let mut client = pair().0;
             client.alpn_protocols = vec![alpn];
-            assert!(shake(client, pair().1).is_err());
+            assert!(handshake(client, pair().1).is_err());
         }
     }
 
     #[test]
-    fn a_certificate_without_its_key_is_refused() {
+    fn a_certificate_without_its_key_is_rejected() {
         let (stolen, _) = certificate::generate(&Identity::generate().keypair()).unwrap();
         let (_, other_key) = certificate::generate(&Identity::generate().keypair()).unwrap();
         let (client, server) = configs(&stolen, &other_key, Versions::TRANSFER).unwrap();
-        assert!(shake(client, pair().1).is_err(), "a dialler's");
-        assert!(shake(pair().0, server).is_err(), "a listener's");
+        assert!(handshake(client, pair().1).is_err(), "a dialler's");
+        assert!(handshake(pair().0, server).is_err(), "a listener's");
     }
 }

@@ -73,17 +73,17 @@ impl UploadQueue {
 
     /// Picks the pieces of `choice` that are present and were sent least, at most `most`. The
     /// picked pieces count as sent.
-    pub(super) fn pick_pieces(&self, digest: Digest, choice: &[u32], most: u8, has: impl Fn(u32) -> bool) -> Vec<u32> {
-        self.lock().sent.choose(digest, choice, most.into(), has)
+    pub(super) fn pick_pieces(&self, digest: Digest, pieces: &[u32], limit: u8, has: impl Fn(u32) -> bool) -> Vec<u32> {
+        self.lock().sent.choose(digest, pieces, limit.into(), has)
     }
 
     fn take_ticket(&self, peer: PeerId, digest: Digest, pieces: usize) -> Result<UploadState<'_>, NoUploadSlot> {
         let mut table = self.lock();
         let ticket = table.slots.enqueue(peer, digest, pieces).map_err(|_| NoUploadSlot)?;
-        let (granted, waits) = oneshot::channel();
-        table.waiting.insert(ticket, granted);
+        let (grant, granted) = oneshot::channel();
+        table.waiting.insert(ticket, grant);
         table.grant_slots();
-        Ok(UploadState::Queued(ticket, waits))
+        Ok(UploadState::Queued(ticket, granted))
     }
 
     fn release(&self, ticket: UploadTicket) {
@@ -102,9 +102,9 @@ impl UploadQueue {
 impl UploadTable {
     fn grant_slots(&mut self) {
         while let Some(ticket) = self.slots.start_next() {
-            if let Some(granted) = self.waiting.remove(&ticket) {
+            if let Some(grant) = self.waiting.remove(&ticket) {
                 // An upload that was dropped meanwhile releases the slot in `drop`.
-                let _ = granted.send(());
+                let _ = grant.send(());
             }
         }
     }

@@ -24,9 +24,9 @@ fn notification() -> Notification {
 }
 
 /// A webhook with a deadline, short for silent receivers and long for others.
-async fn webhook(url: String, secret_file: Option<&Path>, limit: Duration) -> Webhook {
+async fn webhook(url: String, secret_file: Option<&Path>, deadline: Duration) -> Webhook {
     let config = Config { url, secret_file: secret_file.map(Path::to_owned), ca_file: None };
-    Webhook { deadline: limit, ..Webhook::new(config).await.unwrap() }
+    Webhook { deadline, ..Webhook::new(config).await.unwrap() }
 }
 
 async fn webhook_to(server: &HttpTestServer, secret_file: Option<&Path>) -> Webhook {
@@ -60,16 +60,16 @@ async fn a_message_is_posted_with_a_signature_over_its_time_and_body() {
     let server = HttpTestServer::start(|_| reply(204, &[], b"")).await;
     let secret = secret_file(&[SECRET, b"\n"].concat());
     webhook_to(&server, Some(secret.path())).await.notify(&notification()).await.unwrap();
-    let seen = server.requests().remove(0);
-    assert_eq!(seen.request_line, "POST /hook?key=k");
-    assert_eq!(seen.header("content-type"), Some("application/json"));
-    assert_eq!(seen.header("user-agent"), Some(concat!("lighterman/", env!("CARGO_PKG_VERSION"))));
-    assert_eq!(seen.header("x-lighterman-id"), Some("id-1"));
-    assert_eq!(seen.body, serde_json::to_vec(&notification()).unwrap());
-    let timestamp = seen.header("x-lighterman-timestamp").unwrap();
+    let request = server.requests().remove(0);
+    assert_eq!(request.request_line, "POST /hook?key=k");
+    assert_eq!(request.header("content-type"), Some("application/json"));
+    assert_eq!(request.header("user-agent"), Some(concat!("lighterman/", env!("CARGO_PKG_VERSION"))));
+    assert_eq!(request.header("x-lighterman-id"), Some("id-1"));
+    assert_eq!(request.body, serde_json::to_vec(&notification()).unwrap());
+    let timestamp = request.header("x-lighterman-timestamp").unwrap();
     assert!(timestamp.parse::<u64>().unwrap() > 1_700_000_000, "seconds since 1970: {timestamp}");
-    let expected = hmac_sha256(SECRET, &[timestamp.as_bytes(), b".", &seen.body].concat());
-    assert_eq!(seen.header("x-lighterman-signature"), Some(format!("sha256={expected}").as_str()));
+    let expected = hmac_sha256(SECRET, &[timestamp.as_bytes(), b".", &request.body].concat());
+    assert_eq!(request.header("x-lighterman-signature"), Some(format!("sha256={expected}").as_str()));
 }
 
 #[tokio::test]
@@ -114,8 +114,8 @@ async fn the_body_of_a_success_response_is_ignored() {
 async fn a_message_to_a_silent_receiver_is_retryable() {
     let silent = HttpTestServer::start(|_| Reply::Silence).await;
     let url = format!("http://{}/hook?key=k", silent.host_port());
-    let impatient = webhook(url, None, Duration::from_millis(100)).await;
-    assert!(impatient.notify(&notification()).await.unwrap_err().is_retryable());
+    let hurried = webhook(url, None, Duration::from_millis(100)).await;
+    assert!(hurried.notify(&notification()).await.unwrap_err().is_retryable());
 
     let (untrusted, _) = HttpTestServer::start_tls(|_| reply(200, &[], b"")).await;
     for url in [
@@ -149,10 +149,10 @@ async fn a_replaced_secret_signs_the_next_message_and_a_lost_secret_prevents_sen
     let another = b"another secret of more than 16 bytes";
     fs::write(file.path(), another).unwrap();
     webhook.notify(&notification()).await.unwrap();
-    for (seen, secret) in server.requests().iter().zip([SECRET, another]) {
-        let signed = [seen.header("x-lighterman-timestamp").unwrap().as_bytes(), b".", &seen.body].concat();
+    for (request, secret) in server.requests().iter().zip([SECRET, another]) {
+        let signed = [request.header("x-lighterman-timestamp").unwrap().as_bytes(), b".", &request.body].concat();
         let expected = format!("sha256={}", hmac_sha256(secret, &signed));
-        assert_eq!(seen.header("x-lighterman-signature"), Some(expected.as_str()));
+        assert_eq!(request.header("x-lighterman-signature"), Some(expected.as_str()));
     }
     fs::remove_file(file.path()).unwrap();
     assert!(webhook.notify(&notification()).await.unwrap_err().is_retryable());
@@ -161,7 +161,7 @@ async fn a_replaced_secret_signs_the_next_message_and_a_lost_secret_prevents_sen
 
 #[tokio::test]
 async fn a_secret_outside_the_length_limits_is_rejected() {
-    for (content, kept) in [
+    for (content, length) in [
         (b"0123456789abcde".to_vec(), None),
         (b"0123456789abcde\n".to_vec(), None),
         (b"0123456789abcdef\n".to_vec(), Some(16)),
@@ -175,7 +175,7 @@ async fn a_secret_outside_the_length_limits_is_rejected() {
     ] {
         let file = secret_file(&content);
         let read = read_secret(file.path()).await.ok();
-        assert_eq!(read.map(|read| read.len()), kept, "{} bytes", content.len());
+        assert_eq!(read.map(|read| read.len()), length, "{} bytes", content.len());
     }
 }
 

@@ -9,12 +9,12 @@ use super::{HEADER, Message, WireError, decode};
 /// # Errors
 /// [`WireError::Io`] when the buffer ends within the message; otherwise as [`decode`].
 pub fn split<M: Message>(bytes: &[u8]) -> Result<(M, &[u8]), WireError> {
-    let cut = || WireError::Io(Error::from(ErrorKind::UnexpectedEof));
-    let length = bytes.first_chunk::<4>().map(|length| u32::from_be_bytes(*length) as usize).ok_or_else(cut)?;
+    let truncated = || WireError::Io(Error::from(ErrorKind::UnexpectedEof));
+    let length = bytes.first_chunk::<4>().map(|length| u32::from_be_bytes(*length) as usize).ok_or_else(truncated)?;
     if length > M::LIMIT {
         return Err(WireError::TooLong { length, limit: M::LIMIT });
     }
-    let (frame, rest) = bytes.split_at_checked(HEADER + length).ok_or_else(cut)?;
+    let (frame, rest) = bytes.split_at_checked(HEADER + length).ok_or_else(truncated)?;
     Ok((decode(frame)?, rest))
 }
 

@@ -20,7 +20,7 @@ use crate::oci::Repository;
 #[derive(Default)]
 struct Golden {
     lines: BTreeMap<PathBuf, BTreeMap<String, String>>,
-    wrong: Vec<String>,
+    mismatches: Vec<String>,
 }
 
 fn file(protocol: ProtocolKind, format: Format) -> PathBuf {
@@ -46,12 +46,12 @@ impl Golden {
         for format in M::VERSIONS.formats() {
             let path = file(M::VERSIONS.protocol(), format);
             let lines = self.lines.entry(path.clone()).or_insert_with(|| read_lines(&path));
-            let kept = lines.remove(name);
+            let recorded = lines.remove(name);
             let frame = encode_in(message, format).unwrap();
             let written = hexadecimal(&frame[HEADER..]);
             // A message that the current MAJOR adds has no line in the file of the MAJOR before.
-            if kept.as_ref() != Some(&written) && !(format.is_previous() && kept.is_none()) {
-                self.wrong.push(format!("{}: {name} {written}", path.display()));
+            if recorded.as_ref() != Some(&written) && !(format.is_previous() && recorded.is_none()) {
+                self.mismatches.push(format!("{}: {name} {written}", path.display()));
             }
             let read = decode::<M>(&frame).unwrap();
             assert!(format.is_previous() || read == *message, "{name} reads back as {read:?}");
@@ -158,8 +158,8 @@ fn gossip(golden: &mut Golden) {
     let suspicion = Suspicion { suspect: peer(2), epoch: 5, incarnation: 3, witness: peer(1), signature: signature() };
     golden.compare("gossip_suspicion", &Gossip::Suspicion(suspicion));
     golden.compare("gossip_refutation", &Gossip::Refutation(refutation()));
-    let farewell = LeaveNotice { peer: peer(3), epoch: 9, signature: signature() };
-    golden.compare("gossip_farewell", &Gossip::Leave(farewell));
+    let leave = LeaveNotice { peer: peer(3), epoch: 9, signature: signature() };
+    golden.compare("gossip_farewell", &Gossip::Leave(leave));
 
     golden.compare("question_compare", &SyncRequest::Compare(vec![1, u64::MAX]));
     golden.compare("question_introductions", &SyncRequest::Introductions(vec![peer(1), peer(2)]));
@@ -167,8 +167,8 @@ fn gossip(golden: &mut Golden) {
     golden.compare("question_snapshot", &SyncRequest::Snapshot(vec![peer(1)]));
     golden.compare("question_part", &SyncRequest::Disconnect);
 
-    let mark = MemberSummary { peer: peer(1), epoch: 5, version: 2, incarnation: 1, sequence: 300, is_dead: true };
-    golden.compare("reply_marks", &SyncReply::Summaries(vec![mark]));
+    let summary = MemberSummary { peer: peer(1), epoch: 5, version: 2, incarnation: 1, sequence: 300, is_dead: true };
+    golden.compare("reply_marks", &SyncReply::Summaries(vec![summary]));
     golden.compare("reply_introductions", &SyncReply::Introductions(vec![introduction()], vec![refutation()]));
     golden.compare("reply_entries", &SyncReply::Entries(vec![entry()]));
     let items = items().into_iter().map(|item| (item, Bits(vec![1]))).collect();
@@ -181,8 +181,8 @@ fn every_message_encodes_as_released_agents_read_and_write_it() {
     let mut golden = Golden::default();
     transfer(&mut golden);
     gossip(&mut golden);
-    let Golden { lines, wrong } = golden;
+    let Golden { lines, mismatches: wrong } = golden;
     assert!(wrong.is_empty(), "these lines differ or are missing:\n{}", wrong.join("\n"));
-    let gone: Vec<_> = lines.into_iter().filter(|(_, rest)| !rest.is_empty()).collect();
-    assert!(gone.is_empty(), "these lines belong to no message: {gone:?}");
+    let unused: Vec<_> = lines.into_iter().filter(|(_, rest)| !rest.is_empty()).collect();
+    assert!(unused.is_empty(), "these lines belong to no message: {unused:?}");
 }

@@ -28,12 +28,12 @@ fn entry(changes: usize) -> Gossip {
 
 #[test]
 fn a_message_reads_back_as_it_was_written() {
-    let farewell = Gossip::Leave(LeaveNotice { peer: peer(1), epoch: 3, signature: Signature([1; 32], [2; 32]) });
-    for message in [entry(3), farewell] {
+    let leave = Gossip::Leave(LeaveNotice { peer: peer(1), epoch: 3, signature: Signature([1; 32], [2; 32]) });
+    for message in [entry(3), leave] {
         assert_eq!(decode::<Gossip>(&encode(&message).unwrap()).unwrap(), message);
     }
-    let question = SyncRequest::Entries { publisher: peer(1), epoch: 1, after: 2 };
-    assert_eq!(decode::<SyncRequest>(&encode(&question).unwrap()).unwrap(), question);
+    let request = SyncRequest::Entries { publisher: peer(1), epoch: 1, after: 2 };
+    assert_eq!(decode::<SyncRequest>(&encode(&request).unwrap()).unwrap(), request);
     assert_eq!(decode::<SyncReply>(&encode(&SyncReply::Busy).unwrap()).unwrap(), SyncReply::Busy);
 }
 
@@ -59,14 +59,14 @@ fn the_largest_entry_and_introduction_fit_into_one_gossip_message() {
 
 #[test]
 fn the_largest_piece_request_and_piece_maps_fit() {
-    let choice = vec![u32::MAX; crate::model::MAX_REQUEST_PIECES];
-    encode(&Request::Pieces { digest: Digest::of(b""), pieces: choice, limit: u8::MAX }).unwrap();
+    let pieces = vec![u32::MAX; crate::model::MAX_REQUEST_PIECES];
+    encode(&Request::Pieces { digest: Digest::of(b""), pieces, limit: u8::MAX }).unwrap();
     encode(&PieceMapUpdate::Have(vec![u32::MAX; crate::model::MAX_HAVE_PIECES])).unwrap();
     encode(&PieceMapUpdate::Map(Bits::none_of(crate::oci::MAX_PIECES as usize))).unwrap();
 }
 
 #[test]
-fn a_truncated_message_is_refused_at_every_length() {
+fn a_truncated_message_is_rejected_at_every_length() {
     let frame = encode(&entry(2)).unwrap();
     for length in 0..frame.len() {
         assert!(decode::<Gossip>(&frame[..length]).is_err(), "{length} bytes");
@@ -77,20 +77,20 @@ fn a_truncated_message_is_refused_at_every_length() {
 }
 
 #[test]
-fn a_refused_major_is_named_with_its_protocol_both_versions_and_the_remedy() {
+fn an_unsupported_major_is_named_with_its_protocol_both_versions_and_the_remedy() {
     let mut frame = encode(&Answer::Absent).unwrap();
     (frame[4], frame[5]) = (MAJOR + 1, 9);
     let error = decode::<Answer>(&frame).unwrap_err().to_string();
-    let said =
+    let expected =
         format!("version {}.9 of the transfer protocol and this agent {MAJOR}.{MINOR}; upgrade this agent", MAJOR + 1);
-    assert!(error.contains(&said), "{error}");
+    assert!(error.contains(&expected), "{error}");
 
     let ours = Versions::GOSSIP.after_next_major();
     let mut frame = encode_in(&SyncRequest::Disconnect, ours.current()).unwrap();
     (frame[4], frame[5]) = (1, 2);
     let error = decode_in::<SyncRequest>(&frame, ours).unwrap_err().to_string();
-    let said = format!("version 1.2 of the gossip protocol and this agent {ours}; upgrade that peer");
-    assert!(error.contains(&said), "{error}");
+    let expected = format!("version 1.2 of the gossip protocol and this agent {ours}; upgrade that peer");
+    assert!(error.contains(&expected), "{error}");
     assert!(ours.to_string().contains(" and "), "both MAJORs are named: {ours}");
 }
 
@@ -206,7 +206,7 @@ async fn a_message_of_a_later_release_is_read_from_a_stream() {
 }
 
 #[tokio::test]
-async fn an_oversized_message_is_refused_before_its_body_is_read() {
+async fn an_oversized_message_is_rejected_before_its_body_is_read() {
     let header = [[0xff; 4].as_slice(), &[MAJOR, MINOR]].concat();
     let mut frame = header.as_slice();
     assert!(matches!(read::<Request>(&mut frame).await, Err(WireError::TooLong { .. })));
@@ -226,9 +226,9 @@ fn a_length_inside_a_message_allocates_nothing() {
 
 #[test]
 fn the_fullest_reply_of_the_smallest_parts_can_be_decoded() {
-    let mark = MemberSummary { peer: peer(1), epoch: 0, version: 0, incarnation: 0, sequence: 0, is_dead: false };
-    let most = (SyncReply::LIMIT - 16) / 37;
-    let reply = SyncReply::Summaries(vec![mark; most]);
+    let summary = MemberSummary { peer: peer(1), epoch: 0, version: 0, incarnation: 0, sequence: 0, is_dead: false };
+    let count = (SyncReply::LIMIT - 16) / 37;
+    let reply = SyncReply::Summaries(vec![summary; count]);
     assert_eq!(decode::<SyncReply>(&encode(&reply).unwrap()).unwrap(), reply);
 }
 

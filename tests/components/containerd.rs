@@ -159,8 +159,8 @@ async fn the_store_keeps_the_contract(version: &str) {
 
 async fn the_store_keeps_the_contract_without_access_to_files(version: &str) {
     let daemon = Daemon::start(version).await;
-    let elsewhere = Some(PathBuf::from("/nothing/is/here"));
-    assert_contract(version, async || fresh(Config { content_root: elsewhere.clone(), ..daemon.config("") })).await;
+    let absent_root = Some(PathBuf::from("/nothing/is/here"));
+    assert_contract(version, async || fresh(Config { content_root: absent_root.clone(), ..daemon.config("") })).await;
 }
 
 /// Bytes that differ at every offset, so that bytes at a wrong offset fail the comparison.
@@ -171,13 +171,13 @@ pub(crate) fn content(seed: &str, size: usize) -> Bytes {
     bytes.into()
 }
 
-pub(crate) async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, remembered: &BlobMetadata) -> Descriptor {
+pub(crate) async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, metadata: &BlobMetadata) -> Descriptor {
     let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
     let mut hasher = Hasher::default();
     hasher.update(bytes);
     let mut writer = store.create(digest, size, pin).await.unwrap();
     writer.append(std::slice::from_ref(bytes)).await.unwrap();
-    writer.commit(hasher.verify(digest, size).unwrap(), remembered).await.unwrap();
+    writer.commit(hasher.verify(digest, size).unwrap(), metadata).await.unwrap();
     let media_type = "application/vnd.oci.image.manifest.v1+json".into();
     Descriptor { media_type, digest, size, platform: None, attestation: false }
 }
@@ -198,7 +198,7 @@ async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(version: &st
     let mut daemon = Daemon::start(version).await;
     let store = daemon.store("killed");
     let pin = store.pin(HOUR).await.unwrap();
-    let kept = write(&store, &content("kept", 3 << 20), &pin, &BlobMetadata::default()).await;
+    let committed = write(&store, &content("kept", 3 << 20), &pin, &BlobMetadata::default()).await;
     let bytes = content("interrupted", 12 << 20);
     let digest = Digest::of(&bytes);
     let mut writer = store.create(digest, bytes.len() as u64, &pin).await.unwrap();
@@ -208,16 +208,16 @@ async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(version: &st
     let failed = timeout(WAIT_DEADLINE, append_until_it_fails(writer.as_mut(), &bytes)).await.unwrap();
     assert!(matches!(failed, StoreError::Unavailable(_)), "{failed:?}");
     drop(writer);
-    let absent = timeout(WAIT_DEADLINE, store.blob(kept.digest)).await.unwrap();
+    let absent = timeout(WAIT_DEADLINE, store.blob(committed.digest)).await.unwrap();
     let Err(StoreError::Unavailable(text)) = absent else { panic!("{absent:?}") };
     assert!(text.contains("containerd.sock"), "{text}");
     assert!(timeout(WAIT_DEADLINE, store.ready()).await.unwrap().is_err());
 
     daemon.restart().await;
     assert_eq!(store.blob(digest).await.unwrap(), None);
-    assert_eq!(read(&store, kept.digest).await, content("kept", 3 << 20));
-    let whole = write(&store, &bytes, &pin, &BlobMetadata::default()).await;
-    assert_eq!(read(&store, whole.digest).await, bytes);
+    assert_eq!(read(&store, committed.digest).await, content("kept", 3 << 20));
+    let rewritten = write(&store, &bytes, &pin, &BlobMetadata::default()).await;
+    assert_eq!(read(&store, rewritten.digest).await, bytes);
 }
 
 /// The connection accepts some messages before an append fails.
@@ -282,16 +282,16 @@ async fn labels_of_other_clients_survive(version: &str) {
     let layer = |name: &str| Child { digest: Digest::of(name.as_bytes()), kind: ChildKind::Layer };
     let first = BlobMetadata { source: repository("team/app"), children: vec![layer("a")] };
     let blob = write(&store, &content("labeled", 100), &pin, &first).await;
-    let theirs = format!("containerd.io/gc.ref.content.l.1={}", Digest::of(b"theirs"));
+    let foreign_label = format!("containerd.io/gc.ref.content.l.1={}", Digest::of(b"theirs"));
     let by_digest = blob.digest.to_string();
-    daemon.ctr("labels", &["content", "label", &by_digest, &theirs, "made.by=another-client"]);
+    daemon.ctr("labels", &["content", "label", &by_digest, &foreign_label, "made.by=another-client"]);
 
     let more = BlobMetadata { source: repository("other/app"), children: vec![layer("a"), layer("b")] };
     store.add_metadata(blob.digest, &more).await.unwrap();
     let listed = daemon.ctr("labels", &["content", "ls"]);
     for label in [
         format!("containerd.io/gc.ref.content.l.0={}", Digest::of(b"a")),
-        theirs,
+        foreign_label,
         format!("containerd.io/gc.ref.content.l.2={}", Digest::of(b"b")),
         "containerd.io/distribution.source.10.0.0.1:5000=other/app,team/app".into(),
         "made.by=another-client".into(),
@@ -304,37 +304,37 @@ async fn labels_of_other_clients_survive(version: &str) {
 /// the commit, if the agent wrote no bytes.
 async fn a_blob_of_another_namespace_is_written_again(version: &str) {
     let daemon = Daemon::start(version).await;
-    let (here, there) = (daemon.store("here"), daemon.store("there"));
+    let (store, other_store) = (daemon.store("here"), daemon.store("there"));
     let bytes = content("in both", (3 << 20) + 1);
-    let pin = there.pin(HOUR).await.unwrap();
-    let blob = write(&there, &bytes, &pin, &BlobMetadata::default()).await;
-    assert_eq!(here.blob(blob.digest).await.unwrap(), None, "the blob is absent in this namespace");
-    let pin = here.pin(HOUR).await.unwrap();
+    let pin = other_store.pin(HOUR).await.unwrap();
+    let blob = write(&other_store, &bytes, &pin, &BlobMetadata::default()).await;
+    assert_eq!(store.blob(blob.digest).await.unwrap(), None, "the blob is absent in this namespace");
+    let pin = store.pin(HOUR).await.unwrap();
     // An abandoned ingest: containerd offered the other namespace's copy first, so the later abort
     // leaves the file with its 3 MiB. The next write has to empty the file.
-    let mut writer = here.create(blob.digest, blob.size, &pin).await.unwrap();
+    let mut writer = store.create(blob.digest, blob.size, &pin).await.unwrap();
     writer.append(&[bytes.slice(..3 << 20)]).await.unwrap();
     drop(writer);
-    write(&here, &bytes, &pin, &BlobMetadata::default()).await;
-    assert_eq!(read(&here, blob.digest).await, bytes);
+    write(&store, &bytes, &pin, &BlobMetadata::default()).await;
+    assert_eq!(read(&store, blob.digest).await, bytes);
 }
 
 async fn changes_by_other_clients_are_noticed(version: &str) {
     let daemon = Daemon::start(version).await;
-    let (store, others) = (daemon.store("events"), daemon.store("events"));
+    let (store, other_client) = (daemon.store("events"), daemon.store("events"));
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     let mut changes = store.changes();
     tokio::spawn(store.clone().run(stop));
     timeout(WAIT_DEADLINE, changes.changed()).await.expect("the first connection counts as a change").unwrap();
 
-    let pin = others.pin(HOUR).await.unwrap();
-    let target = write(&others, &content("noticed", 100), &pin, &BlobMetadata::default()).await;
+    let pin = other_client.pin(HOUR).await.unwrap();
+    let target = write(&other_client, &content("noticed", 100), &pin, &BlobMetadata::default()).await;
     // containerd may subscribe a moment after the connection, so the test repeats the record.
     let waiting = async {
         for n in 0.. {
             let record = ImageRecord { name: format!("example.org/noticed:{n}"), target: target.clone() };
-            others.put_image(&record).await.unwrap();
+            other_client.put_image(&record).await.unwrap();
             if timeout(Duration::from_millis(500), changes.changed()).await.is_ok() {
                 break;
             }
@@ -384,7 +384,7 @@ async fn a_record_is_written_when_cri_has_noticed_it(version: &str) {
     let store = daemon.store("k8s.io");
     let pin = store.pin(HOUR).await.unwrap();
     let name = "example.org/team/app:1";
-    let noticed = || {
+    let record_line = || {
         let listed = daemon.ctr("k8s.io", &["images", "ls"]);
         let line = listed.lines().find(|line| line.starts_with(name)).map(str::to_owned);
         line.unwrap_or_else(|| panic!("{name} is not in {listed}"))
@@ -393,7 +393,7 @@ async fn a_record_is_written_when_cri_has_noticed_it(version: &str) {
     for version in ["amd64", "arm64"] {
         let (target, config) = image(&store, &pin, version).await;
         store.put_image(&ImageRecord { name: name.into(), target: target.clone() }).await.unwrap();
-        let line = noticed();
+        let line = record_line();
         assert!(line.contains("io.cri-containerd.image=managed"), "{line}");
         assert!(line.contains(&target.digest.to_string()), "{line}");
         let names: Vec<_> = store.images().await.unwrap().into_iter().map(|record| record.name).collect();

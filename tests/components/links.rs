@@ -13,7 +13,7 @@ use lighterman::oci::Digest;
 use lighterman::ports::{BlobSink, FetchError, Fetcher, StoreError};
 use lighterman::transfer::Transfer;
 
-use pair::{Provider, Rates, VethLink, across};
+use pair::{Provider, Rates, VethLink, run_over_link};
 
 /// Drops all bytes; the fetch itself verifies the content.
 struct DiscardingSink;
@@ -50,13 +50,13 @@ fn the_configured_rate_holds_on_a_fast_link_in_either_direction() {
         let blobs = blobs(6, 2 << 20);
         let bytes = blobs.iter().map(Bytes::len).sum::<usize>() as f64;
         let wanted = blobs.clone();
-        let achieved = across("400mbit", rates, &blobs, async move |transfer, provider, _| {
+        let achieved = run_over_link("400mbit", rates, &blobs, async move |transfer, provider, _| {
             fetch_all(transfer, provider, &wanted).await.unwrap()
         });
         let capacity = TokenBucket::new(RATE, Instant::now()).capacity() as f64;
         // The first content of the token bucket passes at once, and all other bytes at the rate.
-        let most = RATE as f64 * bytes / (bytes - capacity);
-        assert!(achieved <= most, "{direction}: {achieved:.0} bytes/s exceed the limit of {most:.0}");
+        let max_rate = RATE as f64 * bytes / (bytes - capacity);
+        assert!(achieved <= max_rate, "{direction}: {achieved:.0} bytes/s exceed the limit of {max_rate:.0}");
         let ratio = achieved / RATE as f64;
         println!("figure rate_kept_{direction} {ratio:.3} (6 blobs of 2 MiB at once, limit 2 MiB/s, link 400 Mbit/s)");
     }
@@ -67,7 +67,7 @@ fn a_slow_link_sets_the_pace_and_stalls_no_transfer() {
     let rates = Rates { fetcher_down: 64 << 20, provider_up: 64 << 20 };
     let blobs = blobs(6, 1 << 20);
     let wanted = blobs.clone();
-    let achieved = across("8mbit", rates, &blobs, async move |transfer, provider, _| {
+    let achieved = run_over_link("8mbit", rates, &blobs, async move |transfer, provider, _| {
         fetch_all(transfer, provider, &wanted).await.unwrap()
     });
     println!("figure link_used {:.3} (6 blobs of 1 MiB at once, limit 64 MiB/s, link 8 Mbit/s)", achieved * 8.0 / 8e6);
@@ -77,7 +77,7 @@ fn a_slow_link_sets_the_pace_and_stalls_no_transfer() {
 fn blobs_of_one_peer_do_not_starve_each_other_on_a_slow_link() {
     let blobs = blobs(10, 5 << 20);
     let wanted = blobs.clone();
-    across("20mbit", Rates::default(), &blobs, async move |transfer, provider, _| {
+    run_over_link("20mbit", Rates::default(), &blobs, async move |transfer, provider, _| {
         fetch_all(transfer, provider, &wanted).await.unwrap()
     });
 }
@@ -86,9 +86,12 @@ fn blobs_of_one_peer_do_not_starve_each_other_on_a_slow_link() {
 fn blobs_of_one_peer_do_not_starve_each_other_under_the_configured_rate() {
     let blobs = blobs(10, 16 << 20);
     let wanted = blobs.clone();
-    across("4gbit", Rates { fetcher_down: 8 << 20, provider_up: 0 }, &blobs, async move |transfer, provider, _| {
-        fetch_all(transfer, provider, &wanted).await.unwrap()
-    });
+    run_over_link(
+        "4gbit",
+        Rates { fetcher_down: 8 << 20, provider_up: 0 },
+        &blobs,
+        async move |transfer, provider, _| fetch_all(transfer, provider, &wanted).await.unwrap(),
+    );
 }
 
 #[test]
@@ -98,13 +101,13 @@ fn a_peer_whose_link_breaks_is_unreachable_before_it_counts_as_stalled() {
     #[async_trait]
     impl BlobSink for LinkCuttingSink<'_> {
         async fn append(&mut self, _: &[Bytes]) -> Result<(), StoreError> {
-            self.0.cut();
+            self.0.blackhole();
             Ok(())
         }
     }
     let blobs = blobs(1, 64 << 20);
     let (digest, size) = (Digest::of(&blobs[0]), 64 << 20);
-    let error = across("100mbit", Rates::default(), &blobs, async move |transfer, provider, link| {
+    let error = run_over_link("100mbit", Rates::default(), &blobs, async move |transfer, provider, link| {
         transfer.fetch(provider.peer, digest, size, &mut LinkCuttingSink(link)).await.unwrap_err()
     });
     assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");

@@ -34,18 +34,19 @@ const DEADLINE: Duration = Duration::from_secs(1200);
 
 #[test]
 fn thirty_agents_find_each_other_and_drop_dead_peers() {
-    let wires = AgentNetwork::new(AGENTS);
-    let playing = thread::spawn(move || {
-        wires.enter_switch();
+    let agent_network = AgentNetwork::new(AGENTS);
+    let test_thread = thread::spawn(move || {
+        agent_network.enter_switch();
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        runtime
-            .block_on(async { tokio::time::timeout(DEADLINE, run_all(wires)).await.expect("the test ends in time") });
+        runtime.block_on(async {
+            tokio::time::timeout(DEADLINE, run_all(agent_network)).await.expect("the test ends in time")
+        });
     });
-    playing.join().unwrap();
+    test_thread.join().unwrap();
 }
 
-async fn run_all(wires: AgentNetwork) {
-    let mut fleet = Fleet::new(wires, AGENTS).await;
+async fn run_all(agent_network: AgentNetwork) {
+    let mut fleet = Fleet::new(agent_network, AGENTS).await;
     println!();
     agents_started_at_once_find_each_other(&mut fleet).await;
     sleep(SETTLE).await;
@@ -158,16 +159,16 @@ async fn announcements_reach_every_agent(fleet: &Fleet, idle: f64) {
     let after = Traffic::of(fleet).await;
 
     let received = after.received_since(&before) as f64;
-    let quiet = idle / 2.0 * AGENTS as f64 * after.at.duration_since(before.at).as_secs_f64();
+    let idle_bytes = idle / 2.0 * AGENTS as f64 * after.at.duration_since(before.at).as_secs_f64();
     let (announcements, messages) = (after.announcements - before.announcements, after.messages - before.messages);
     let an_agent = |bytes: f64| bytes / AGENTS as f64 / 1024.0;
     println!(
         "  {PUBLISHERS} publishers, {ROUNDS} times a blob each: {announcements} announcements, {messages} messages received; {:.1} KiB per agent, {:.1} of them above idle",
         an_agent(received),
-        an_agent(received - quiet),
+        an_agent(received - idle_bytes),
     );
     let context = format!("received above idle, all agents, / {messages} messages received");
-    println!("figure mesh_bytes_per_message_real {:.0} ({context})", (received - quiet) / messages as f64);
+    println!("figure mesh_bytes_per_message_real {:.0} ({context})", (received - idle_bytes) / messages as f64);
 }
 
 async fn a_killed_agent_is_dropped_and_returns(fleet: &mut Fleet) {

@@ -34,31 +34,44 @@ const UPLOAD_RATE: u64 = 4 << 20;
 
 #[tokio::test]
 async fn a_follower_receives_new_pieces_of_a_layer_until_the_provider_is_whole() {
-    let [holds, fetches, follows] = [(); 3].map(|()| Identity::generate());
-    let (holds_it, has_some) = (holds.peer_id(), fetches.peer_id());
-    let all = [holds_it, has_some, follows.peer_id()];
+    let [provider_identity, fetcher_identity, follower_identity] = [(); 3].map(|()| Identity::generate());
+    let (provider_id, fetcher_id) = (provider_identity.peer_id(), fetcher_identity.peer_id());
+    let admitted = [provider_id, fetcher_id, follower_identity.peer_id()];
     let stop = CancellationToken::new();
 
-    let full = Arc::new(MemoryStore::new());
-    let image = put_image(&*full, &[IMAGE.into()], &[LAYER], 7).await.unwrap();
-    let today = Versions::TRANSFER;
-    let holder = start_transfer(&holds, all, &full, Arc::new(NoPartialBlobs), (UPLOAD_RATE, today), &stop);
+    let provider_store = Arc::new(MemoryStore::new());
+    let image = put_image(&*provider_store, &[IMAGE.into()], &[LAYER], 7).await.unwrap();
+    let current = Versions::TRANSFER;
+    let provider = start_transfer(
+        &provider_identity,
+        admitted,
+        &provider_store,
+        Arc::new(NoPartialBlobs),
+        (UPLOAD_RATE, current),
+        &stop,
+    );
     let (store, downloads) = (Arc::new(MemoryStore::new()), Downloads::default());
-    let fetcher = start_transfer(&fetches, all, &store, Arc::new(downloads.clone()), (0, today), &stop);
-    let follower =
-        start_transfer(&follows, all, &Arc::new(MemoryStore::new()), Arc::new(NoPartialBlobs), (0, today), &stop);
-    follower.dial(fetcher.local_addr(), Some(has_some)).await.unwrap();
+    let fetcher = start_transfer(&fetcher_identity, admitted, &store, Arc::new(downloads.clone()), (0, current), &stop);
+    let follower = start_transfer(
+        &follower_identity,
+        admitted,
+        &Arc::new(MemoryStore::new()),
+        Arc::new(NoPartialBlobs),
+        (0, current),
+        &stop,
+    );
+    follower.dial(fetcher.local_addr(), Some(fetcher_id)).await.unwrap();
 
-    let peer = fetcher.dial(holder.local_addr(), Some(holds_it)).await.unwrap();
-    let holders = PeerInventory::default();
-    announce(&holders, peer, &image);
-    let recoverer = recoverer(has_some, store, fetcher, holders, downloads);
+    let peer = fetcher.dial(provider.local_addr(), Some(provider_id)).await.unwrap();
+    let inventory = PeerInventory::default();
+    announce(&inventory, peer, &image);
+    let recoverer = recoverer(fetcher_id, store, fetcher, inventory, downloads);
 
     let layer = image.blobs.iter().find(|blob| blob.size >= LAYER).expect("the layer").clone();
-    let cut = PieceLayout::for_size(layer.size);
-    let hears = async {
+    let layout = PieceLayout::for_size(layer.size);
+    let receive_updates = async {
         let mut following = loop {
-            match follower.follow(has_some, layer.digest, cut).await {
+            match follower.follow(fetcher_id, layer.digest, layout).await {
                 Ok(following) => break following,
                 Err(error) => assert!(matches!(error, FetchError::Absent { .. }), "{error}"),
             }
@@ -68,7 +81,7 @@ async fn a_follower_receives_new_pieces_of_a_layer_until_the_provider_is_whole()
         loop {
             let pieces: Vec<_> = match following.next().await.expect("updates continue until the provider is whole") {
                 PieceMapUpdate::Map(bits) => bits.ones().collect(),
-                PieceMapUpdate::Have(news) => news.into_iter().map(|piece| piece as usize).collect(),
+                PieceMapUpdate::Have(new_pieces) => new_pieces.into_iter().map(|piece| piece as usize).collect(),
                 PieceMapUpdate::HaveAll => break,
             };
             updates += 1;
@@ -77,48 +90,64 @@ async fn a_follower_receives_new_pieces_of_a_layer_until_the_provider_is_whole()
         (received.len(), updates)
     };
     let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
-    let both = async { tokio::join!(recoverer.recover(&wanted, &progress, &stop), hears) };
+    let both = async { tokio::join!(recoverer.recover(&wanted, &progress, &stop), receive_updates) };
     let (recovered, (received, updates)) =
         tokio::time::timeout(Duration::from_secs(120), both).await.expect("the recovery ends in time");
     assert_eq!(recovered.unwrap().bytes, image.bytes());
     // One map has all pieces from before the follow, and `HaveAll` stands for the last pieces.
     assert!(
-        received > cut.piece_count() / 2 && updates > 3,
+        received > layout.piece_count() / 2 && updates > 3,
         "{received} of {} pieces in {updates} updates",
-        cut.piece_count()
+        layout.piece_count()
     );
     stop.cancel();
 }
 
 #[tokio::test]
 async fn an_image_is_recovered_from_a_peer_of_another_major_in_either_direction() {
-    let (today, next) = (Versions::TRANSFER, Versions::TRANSFER.after_next_major());
-    for (provides, fetches, who) in [(today, next, "the newer fetches"), (next, today, "the older fetches")] {
-        let [one, other] = [(); 2].map(|()| Identity::generate());
-        let all = [one.peer_id(), other.peer_id(), other.peer_id()];
+    let (current, next) = (Versions::TRANSFER, Versions::TRANSFER.after_next_major());
+    for (provider_versions, fetcher_versions, case) in
+        [(current, next, "the newer fetches"), (next, current, "the older fetches")]
+    {
+        let [provider_identity, fetcher_identity] = [(); 2].map(|()| Identity::generate());
+        let admitted = [provider_identity.peer_id(), fetcher_identity.peer_id(), fetcher_identity.peer_id()];
         let stop = CancellationToken::new();
-        let full = Arc::new(MemoryStore::new());
-        let image = put_image(&*full, &[IMAGE.into()], &[LAYER, 700], 7).await.unwrap();
-        let provider = start_transfer(&one, all, &full, Arc::new(NoPartialBlobs), (0, provides), &stop);
+        let provider_store = Arc::new(MemoryStore::new());
+        let image = put_image(&*provider_store, &[IMAGE.into()], &[LAYER, 700], 7).await.unwrap();
+        let provider = start_transfer(
+            &provider_identity,
+            admitted,
+            &provider_store,
+            Arc::new(NoPartialBlobs),
+            (0, provider_versions),
+            &stop,
+        );
         let (store, downloads) = (Arc::new(MemoryStore::new()), Downloads::default());
-        let fetcher = start_transfer(&other, all, &store, Arc::new(downloads.clone()), (0, fetches), &stop);
-        let peer = fetcher.dial(provider.local_addr(), Some(one.peer_id())).await.unwrap();
-        let holders = PeerInventory::default();
-        announce(&holders, peer, &image);
-        let recoverer = recoverer(other.peer_id(), store, fetcher, holders, downloads);
+        let fetcher = start_transfer(
+            &fetcher_identity,
+            admitted,
+            &store,
+            Arc::new(downloads.clone()),
+            (0, fetcher_versions),
+            &stop,
+        );
+        let peer = fetcher.dial(provider.local_addr(), Some(provider_identity.peer_id())).await.unwrap();
+        let inventory = PeerInventory::default();
+        announce(&inventory, peer, &image);
+        let recoverer = recoverer(fetcher_identity.peer_id(), store, fetcher, inventory, downloads);
         let (wanted, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
         let recovery = recoverer.recover(&wanted, &progress, &stop);
         let recovered =
             tokio::time::timeout(Duration::from_secs(120), recovery).await.expect("the recovery ends in time");
-        assert_eq!(recovered.unwrap().bytes, image.bytes(), "{who}");
+        assert_eq!(recovered.unwrap().bytes, image.bytes(), "{case}");
         stop.cancel();
     }
 }
 
 /// Applies the mesh events of a peer that has the whole image.
-fn announce(holders: &PeerInventory, peer: Peer, image: &MadeImage) {
+fn announce(inventory: &PeerInventory, peer: Peer, image: &MadeImage) {
     let id = peer.id;
-    holders.apply(MeshEvent::Up(peer));
+    inventory.apply(MeshEvent::Up(peer));
     let blobs = image
         .blobs
         .iter()
@@ -126,12 +155,12 @@ fn announce(holders: &PeerInventory, peer: Peer, image: &MadeImage) {
         .chain([InventoryItem::Blob(image.target.digest)]);
     let Reference::Tag(repository, tag) = IMAGE.parse().unwrap() else { unreachable!("the image has a tag") };
     let items = blobs.chain([InventoryItem::Image(repository, Some(tag), image.target.digest)]).collect();
-    holders.apply(MeshEvent::Snapshot(id, items));
+    inventory.apply(MeshEvent::Snapshot(id, items));
 }
 
 fn start_transfer(
     identity: &Identity,
-    admits: [PeerId; 3],
+    admitted: [PeerId; 3],
     store: &Arc<MemoryStore>,
     partials: Arc<dyn PartialBlobs>,
     (max_upload_rate, versions): (u64, Versions),
@@ -144,17 +173,17 @@ fn start_transfer(
         node: "node-a".parse().unwrap(),
         concurrent_uploads: 16,
     };
-    let mut rules = Policy::default();
-    rules.budgets.max_upload_rate = max_upload_rate;
-    let surroundings = TransferDependencies {
-        admission: Arc::new(StaticAdmission::new(admits)),
+    let mut policy = Policy::default();
+    policy.budgets.max_upload_rate = max_upload_rate;
+    let dependencies = TransferDependencies {
+        admission: Arc::new(StaticAdmission::new(admitted)),
         store: store.clone(),
         partials,
         metrics: Metrics::new(),
         admitted_peers: mpsc::channel(4).0,
     };
-    let in_force = watch::channel(Arc::new(rules)).1;
-    let transfer = Transfer::bind_with_versions(config, identity, surroundings, in_force, versions).unwrap();
+    let policy_receiver = watch::channel(Arc::new(policy)).1;
+    let transfer = Transfer::bind_with_versions(config, identity, dependencies, policy_receiver, versions).unwrap();
     tokio::spawn(transfer.clone().run(stop.clone()));
     transfer
 }

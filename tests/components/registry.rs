@@ -76,14 +76,14 @@ impl RegistryFolder {
             .stderr(log)
             .spawn()
             .expect("docker-registry starts; `make testbed` installs the program");
-        let running = RegistryProcess { name: address.to_string(), process };
+        let registry = RegistryProcess { name: address.to_string(), process };
         let begun = Instant::now();
         while TcpStream::connect(address).is_err() {
             let log = || std::fs::read_to_string(self.path("log")).unwrap_or_default();
             assert!(begun.elapsed() < WAIT_DEADLINE, "the registry listens within the deadline; its log:\n{}", log());
             std::thread::sleep(Duration::from_millis(20));
         }
-        running
+        registry
     }
 }
 
@@ -173,11 +173,11 @@ async fn an_open_registry_resolves_its_tags_until_it_is_down() {
 #[tokio::test]
 async fn a_registry_with_passwords_and_tls_requires_the_right_password() {
     let (folder, digest) = RegistryFolder::with_image().await;
-    let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+    let certified_key = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
     let [htpasswd, certificate, key] = ["htpasswd", "tls.crt", "tls.key"].map(|name| folder.path(name));
     std::fs::write(&htpasswd, HTPASSWD).unwrap();
-    std::fs::write(&certificate, made.cert.pem()).unwrap();
-    std::fs::write(&key, made.key_pair.serialize_pem()).unwrap();
+    std::fs::write(&certificate, certified_key.cert.pem()).unwrap();
+    std::fs::write(&key, certified_key.key_pair.serialize_pem()).unwrap();
     let settings = format!(
         "  tls: {{ certificate: {certificate}, key: {key} }}\nauth: {{ htpasswd: {{ realm: tests, path: {htpasswd} }} }}\n"
     );
@@ -220,14 +220,14 @@ impl BlobSink for BufferSink {
 }
 
 /// Whether the registry serves the blob's bytes with these secrets.
-async fn fetches_blob(
+async fn fetch_and_compare(
     registry: &RegistryProcess,
     blob: &Bytes,
     secrets: &[PullSecret],
 ) -> Result<bool, RegistryFetchError> {
-    let (mut kept, size) = (BufferSink(Vec::new()), blob.len() as u64);
-    client().fetch_blob(&registry.app(), Digest::of(blob), size, secrets, &mut kept).await?;
-    Ok(kept.0 == *blob)
+    let (mut sink, size) = (BufferSink(Vec::new()), blob.len() as u64);
+    client().fetch_blob(&registry.app(), Digest::of(blob), size, secrets, &mut sink).await?;
+    Ok(sink.0 == *blob)
 }
 
 #[tokio::test]
@@ -235,8 +235,8 @@ async fn a_layer_is_fetched_from_an_open_registry_and_from_a_closed_registry_wit
     let (folder, layer) = (RegistryFolder::empty(), Bytes::from(vec![7; 3 << 20]));
     let open = folder.serve("");
     push_blob(&open, layer.clone()).await;
-    assert!(fetches_blob(&open, &layer, &[]).await.unwrap());
-    let gone = fetches_blob(&open, &Bytes::from_static(b"never pushed"), &[]).await;
+    assert!(fetch_and_compare(&open, &layer, &[]).await.unwrap());
+    let gone = fetch_and_compare(&open, &Bytes::from_static(b"never pushed"), &[]).await;
     assert!(matches!(gone, Err(RegistryFetchError::Gone(_))), "{gone:?}");
     let (app, size) = (open.app(), layer.len() as u64);
     drop(open);
@@ -246,9 +246,9 @@ async fn a_layer_is_fetched_from_an_open_registry_and_from_a_closed_registry_wit
     let htpasswd = folder.path("htpasswd");
     std::fs::write(&htpasswd, HTPASSWD).unwrap();
     let closed = folder.serve(&format!("auth: {{ htpasswd: {{ realm: tests, path: {htpasswd} }} }}\n"));
-    let denied = fetches_blob(&closed, &layer, &[closed.secret("wrong")]).await;
+    let denied = fetch_and_compare(&closed, &layer, &[closed.secret("wrong")]).await;
     assert!(matches!(denied, Err(RegistryFetchError::Denied(_))), "{denied:?}");
-    assert!(fetches_blob(&closed, &layer, &[closed.secret("wrong"), closed.secret("pass:word")]).await.unwrap());
+    assert!(fetch_and_compare(&closed, &layer, &[closed.secret("wrong"), closed.secret("pass:word")]).await.unwrap());
 }
 
 #[tokio::test]
@@ -261,8 +261,8 @@ async fn a_layer_is_fetched_from_a_registry_with_a_token_server() {
         "auth: {{ token: {{ realm: \"{realm}\", service: tests, issuer: tests, rootcertbundle: {bundle} }} }}\n"
     );
     let registry = folder.serve(&settings);
-    assert!(fetches_blob(&registry, &layer, &[registry.secret("pass:word")]).await.unwrap());
-    let denied = fetches_blob(&registry, &layer, &[]).await;
+    assert!(fetch_and_compare(&registry, &layer, &[registry.secret("pass:word")]).await.unwrap());
+    let denied = fetch_and_compare(&registry, &layer, &[]).await;
     assert!(matches!(denied, Err(RegistryFetchError::Denied(_))), "{denied:?}");
 }
 
@@ -270,19 +270,22 @@ async fn a_layer_is_fetched_from_a_registry_with_a_token_server() {
 /// right to pull, and a request without credentials gets a token without rights. Other credentials
 /// get 401.
 async fn token_server(bundle: &Path) -> (String, tokio::task::JoinSet<()>) {
-    let made = rcgen::generate_simple_self_signed(vec!["tests".to_owned()]).unwrap();
-    std::fs::write(bundle, made.cert.pem()).unwrap();
-    let key = jsonwebtoken::EncodingKey::from_ec_pem(made.key_pair.serialize_pem().as_bytes()).unwrap();
+    let certified_key = rcgen::generate_simple_self_signed(vec!["tests".to_owned()]).unwrap();
+    std::fs::write(bundle, certified_key.cert.pem()).unwrap();
+    let key = jsonwebtoken::EncodingKey::from_ec_pem(certified_key.key_pair.serialize_pem().as_bytes()).unwrap();
     let mut header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::ES256);
-    header.x5c = Some(vec![STANDARD.encode(made.cert.der())]);
-    let answer = async move |RawQuery(query): RawQuery, headers: HeaderMap| {
-        let asked: Vec<_> = url::form_urlencoded::parse(query.unwrap().as_bytes()).into_owned().collect();
-        assert!(asked.contains(&("service".to_owned(), "tests".to_owned())), "{asked:?}");
-        let right = format!("Basic {}", STANDARD.encode("user:pass:word"));
+    header.x5c = Some(vec![STANDARD.encode(certified_key.cert.der())]);
+    let handler = async move |RawQuery(query): RawQuery, headers: HeaderMap| {
+        let parameters: Vec<_> = url::form_urlencoded::parse(query.unwrap().as_bytes()).into_owned().collect();
+        assert!(parameters.contains(&("service".to_owned(), "tests".to_owned())), "{parameters:?}");
+        let expected = format!("Basic {}", STANDARD.encode("user:pass:word"));
         let access = match headers.get("authorization") {
             None => json!([]),
-            Some(who) if *who == right => {
-                assert!(asked.contains(&("scope".to_owned(), "repository:team/app:pull".to_owned())), "{asked:?}");
+            Some(authorization) if *authorization == expected => {
+                assert!(
+                    parameters.contains(&("scope".to_owned(), "repository:team/app:pull".to_owned())),
+                    "{parameters:?}"
+                );
                 json!([{ "type": "repository", "name": "team/app", "actions": ["pull"] }])
             }
             Some(_) => return (StatusCode::UNAUTHORIZED, String::new()),
@@ -299,6 +302,6 @@ async fn token_server(bundle: &Path) -> (String, tokio::task::JoinSet<()>) {
     let realm = format!("http://{}/token", listener.local_addr().unwrap());
     let mut serving = tokio::task::JoinSet::new();
     serving
-        .spawn(async move { axum::serve(listener, axum::Router::new().route("/token", get(answer))).await.unwrap() });
+        .spawn(async move { axum::serve(listener, axum::Router::new().route("/token", get(handler))).await.unwrap() });
     (realm, serving)
 }

@@ -24,17 +24,17 @@ const DEADLINE: Duration = Duration::from_secs(600);
 /// Runs `test` with a provider and a fetcher that are connected to each other.
 fn with_two_agents(rate: &str, test: impl AsyncFnOnce(&VethLink, &TestAgent, &TestAgent) + Send + 'static) {
     let link = Arc::new(VethLink::of(rate));
-    let site = SharedCluster::new();
-    let provider = TestAgent::start(&link, &site, 0);
+    let shared_cluster = SharedCluster::new();
+    let provider = TestAgent::start(&link, &shared_cluster, 0);
     let running = thread::spawn(move || {
-        let fetcher = TestAgent::start(&link, &site, 1);
+        let fetcher = TestAgent::start(&link, &shared_cluster, 1);
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        let whole = async {
+        let body = async {
             fetcher.wait_connected(provider.peer).await;
             provider.wait_connected(fetcher.peer).await;
             test(&link, &provider, &fetcher).await;
         };
-        runtime.block_on(async { tokio::time::timeout(DEADLINE, whole).await.expect("the test ends in time") });
+        runtime.block_on(async { tokio::time::timeout(DEADLINE, body).await.expect("the test ends in time") });
     });
     running.join().unwrap();
 }
@@ -47,16 +47,16 @@ fn a_small_image_is_fetched_over_tcp_while_udp_is_blocked_and_a_large_image_only
         link.block_udp(true);
         fetcher.wait_udp_blocked(true).await;
         let began = Instant::now();
-        let came = fetcher.pull(SMALL).await;
-        let PullProgress::Done { bytes, from, .. } = &came else { panic!("{came:?}") };
+        let outcome = fetcher.pull(SMALL).await;
+        let PullProgress::Done { bytes, from, .. } = &outcome else { panic!("{outcome:?}") };
         assert_eq!((*bytes, from.as_slice()), (small.bytes(), [provider.name.clone()].as_slice()));
         assert_eq!(fetcher.metric("lighterman_fetched_over_tcp_bytes_total"), small.bytes());
         assert_eq!(provider.metric("lighterman_served_bytes_total"), small.bytes());
         let mbit = small.bytes() as f64 * 8e-6 / began.elapsed().as_secs_f64();
         println!("\nfigure image_over_tcp_mbit_s {mbit:.0} (9 MiB, link 1 Gbit/s, debug build)");
 
-        let refused = fetcher.pull(LARGE).await;
-        let PullProgress::Failed { kind, message, retryable: true } = refused else { panic!("{refused:?}") };
+        let failure = fetcher.pull(LARGE).await;
+        let PullProgress::Failed { kind, message, retryable: true } = failure else { panic!("{failure:?}") };
         assert_eq!(kind, PullFailure::FetchFailed);
         assert!(message.contains("UDP") && message.contains(&MAX_BLOB.to_string()), "{message}");
         let over_tcp = fetcher.metric("lighterman_fetched_over_tcp_bytes_total");
@@ -64,8 +64,8 @@ fn a_small_image_is_fetched_over_tcp_while_udp_is_blocked_and_a_large_image_only
 
         link.block_udp(false);
         fetcher.wait_udp_blocked(false).await;
-        let came = fetcher.pull(LARGE).await;
-        assert!(matches!(came, PullProgress::Done { .. }), "{came:?}");
+        let outcome = fetcher.pull(LARGE).await;
+        assert!(matches!(outcome, PullProgress::Done { .. }), "{outcome:?}");
         assert_eq!(
             fetcher.metric("lighterman_fetched_over_tcp_bytes_total"),
             over_tcp,
@@ -78,8 +78,8 @@ fn a_small_image_is_fetched_over_tcp_while_udp_is_blocked_and_a_large_image_only
 async fn gossip_latency(provider: &TestAgent, fetcher: &TestAgent, number: usize) -> f64 {
     let name = format!("registry.example/told/{number}:1");
     let began = Instant::now();
-    let told = put_image(&*provider.store, &[name], &[100], number as u64).await.unwrap();
-    fetcher.wait_provider(told.target.digest, provider.peer).await;
+    let image = put_image(&*provider.store, &[name], &[100], number as u64).await.unwrap();
+    fetcher.wait_provider(image.target.digest, provider.peer).await;
     began.elapsed().as_secs_f64()
 }
 
@@ -93,7 +93,7 @@ fn gossip_passes_beside_ranges_on_a_slow_link() {
             idle.push(gossip_latency(provider, fetcher, number).await);
         }
         put_image(&*provider.store, &[SMALL.into()], &[30 << 20], 7).await.unwrap();
-        let mut beside = Vec::new();
+        let mut under_load = Vec::new();
         let began = Instant::now();
         let (pulled, lost) = (fetcher.pull(SMALL), fetcher.wait_disconnected(provider.peer));
         tokio::pin!(pulled, lost);
@@ -103,15 +103,15 @@ fn gossip_passes_beside_ranges_on_a_slow_link() {
                 came = &mut pulled => break came,
                 () = &mut lost => panic!("the fetcher dropped a provider that serves ranges"),
                 // The end of the pull drops the last wait.
-                seconds = gossip_latency(provider, fetcher, 100 + beside.len()) => beside.push(seconds),
+                seconds = gossip_latency(provider, fetcher, 100 + under_load.len()) => under_load.push(seconds),
             }
         };
         let seconds = began.elapsed().as_secs_f64();
         assert!(matches!(came, PullProgress::Done { .. }), "{came:?}");
-        assert!(!beside.is_empty(), "gossip arrives beside the ranges");
+        assert!(!under_load.is_empty(), "gossip arrives beside the ranges");
         let used = 30.0 * f64::from(8 << 20) / 20e6 / seconds;
         println!("\nfigure tcp_link_used {used:.2} (30 MiB over the mesh, link 20 Mbit/s)");
-        for (name, mut seconds) in [("idle", idle), ("beside_ranges", beside)] {
+        for (name, mut seconds) in [("idle", idle), ("beside_ranges", under_load)] {
             seconds.sort_by(f64::total_cmp);
             let (median, worst) = (seconds[seconds.len() / 2], seconds[seconds.len() - 1]);
             let context =

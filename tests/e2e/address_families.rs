@@ -85,8 +85,8 @@ fn wait_connected(bed: &TestBed) -> Result<(), TestError> {
             let status = status(bed, node)?;
             let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
             ensure(members.len() <= 1, format!("the other node has several members: {members:?}"))?;
-            let is_met = |member: &Value| member["address"] == expected.as_str() && member["neighbor"] == true;
-            Ok(members.iter().any(is_met).then_some(()))
+            let is_connected = |member: &Value| member["address"] == expected.as_str() && member["neighbor"] == true;
+            Ok(members.iter().any(is_connected).then_some(()))
         })?;
         for address in addresses(bed, node)? {
             let admin = SocketAddr::new(address, 4702);
@@ -117,9 +117,9 @@ fn recover_in_both_directions(
             "tag" => format!("{registry}/{repository}:v1"),
             _ => format!("{registry}/{repository}@{digest}"),
         };
-        let holding = format!("{name}-{by_what}-provider");
-        space.pod(&holding, provider, &image, true)?;
-        space.wait_running(&holding)?;
+        let provider_pod = format!("{name}-{by_what}-provider");
+        space.pod(&provider_pod, provider, &image, true)?;
+        space.wait_running(&provider_pod)?;
         waiting.push((format!("{name}-{by_what}"), provider, node, image));
     }
     let _down = RegistryDown::now(bed)?;

@@ -24,7 +24,7 @@ use crate::test_bed::TestError;
 pub(crate) struct Cluster {
     runtime: Runtime,
     client: Client,
-    seen: Arc<WatchCache>,
+    cache: Arc<WatchCache>,
 }
 
 /// The watched objects, by kind, Kubernetes namespace and name.
@@ -84,11 +84,11 @@ impl Cluster {
                 .map_err(|error| error.to_string())
                 .and_then(|c| Client::try_from(c).map_err(|error| error.to_string()))
         })?;
-        let seen = Arc::<WatchCache>::default();
+        let cache = Arc::<WatchCache>::default();
         for kind in ["Pod", "Event"] {
-            runtime.spawn(watch_objects(client.clone(), kind, seen.clone()));
+            runtime.spawn(watch_objects(client.clone(), kind, cache.clone()));
         }
-        Ok(Self { runtime, client, seen })
+        Ok(Self { runtime, client, cache })
     }
 
     /// Calls `look` after every change until the result is `Some`. The error names `what`.
@@ -96,26 +96,26 @@ impl Cluster {
         &self,
         what: &str,
         limit: Duration,
-        mut look: impl FnMut(&Objects) -> Option<T>,
+        mut find: impl FnMut(&Objects) -> Option<T>,
     ) -> Result<T, TestError> {
         let deadline = Instant::now() + limit;
-        let mut objects = self.seen.lock();
+        let mut objects = self.cache.lock();
         loop {
-            if let Some(found) = look(&objects) {
+            if let Some(found) = find(&objects) {
                 return Ok(found);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(format!("waited {} s for {what}", limit.as_secs()));
             }
-            let waited = self.seen.changed.wait_timeout(objects, left);
+            let waited = self.cache.changed.wait_timeout(objects, left);
             objects = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Calls `look` with the objects that the watches have shown so far.
-    pub(crate) fn now<T>(&self, look: impl FnOnce(&Objects) -> T) -> T {
-        look(&self.seen.lock())
+    pub(crate) fn now<T>(&self, read: impl FnOnce(&Objects) -> T) -> T {
+        read(&self.cache.lock())
     }
 
     /// Creates or changes an object by server-side apply.
@@ -185,11 +185,11 @@ impl WatchCache {
 
 /// Keeps the objects of one kind up to date. An object that is deleted during an interruption of
 /// the watch stays. No test here waits for a deletion.
-async fn watch_objects(client: Client, kind: &str, seen: Arc<WatchCache>) {
+async fn watch_objects(client: Client, kind: &str, cache: Arc<WatchCache>) {
     let api = Api::<DynamicObject>::all_with(client, &ApiResource::from_gvk(&GroupVersionKind::gvk("", "v1", kind)));
     let mut changes = pin!(watcher(api, watcher::Config::default()).default_backoff());
     while let Some(change) = changes.next().await {
-        let (object, is_there) = match change {
+        let (object, is_present) = match change {
             Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => (object, true),
             Ok(watcher::Event::Delete(object)) => (object, false),
             Ok(watcher::Event::Init | watcher::Event::InitDone) | Err(_) => continue,
@@ -200,13 +200,13 @@ async fn watch_objects(client: Client, kind: &str, seen: Arc<WatchCache>) {
         // The items of a list lack `apiVersion` and `kind`.
         value["apiVersion"] = "v1".into();
         value["kind"] = kind.into();
-        let mut objects = seen.lock();
-        let known = if kind == "Pod" { &mut objects.pods } else { &mut objects.events };
-        if is_there {
-            known.insert(key, value)
+        let mut objects = cache.lock();
+        let objects_of_kind = if kind == "Pod" { &mut objects.pods } else { &mut objects.events };
+        if is_present {
+            objects_of_kind.insert(key, value)
         } else {
-            known.remove(&key)
+            objects_of_kind.remove(&key)
         };
-        seen.changed.notify_all();
+        cache.changed.notify_all();
     }
 }

@@ -166,8 +166,8 @@ fn assert_like_gke(bed: &TestBed, space: &TestNamespace, node: &str) -> Result<(
     let mut spec = pod_spec("local.test/pause:1", Some(node));
     spec["priorityClassName"] = "system-node-critical".into();
     let critical = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "critical", "namespace": space.name}, "spec": spec});
-    let refused = bed.apply(&critical).err().unwrap_or_default();
-    ensure(refused.contains("insufficient quota"), format!("a critical pod needs no quota: {refused}"))?;
+    let rejection = bed.apply(&critical).err().unwrap_or_default();
+    ensure(rejection.contains("insufficient quota"), format!("a critical pod needs no quota: {rejection}"))?;
     let written = bed.ctl(&["in", "--mount", node, "mkdir", "/opt/containerd"]);
     ensure(written.is_err_and(|error| error.contains("Read-only")), "/opt is not read-only")?;
     let (percent, _) = disk(bed, node)?;

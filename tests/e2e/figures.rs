@@ -5,11 +5,11 @@ use crate::test_bed::{NODES, TestBed};
 
 /// Prints the figures of the cases. Called before a scenario restarts an agent, which resets the
 /// agent's metrics.
-pub(crate) fn of_cases(bed: &TestBed, (ended_well, played): (usize, usize)) {
-    if played == 0 {
+pub(crate) fn of_cases(bed: &TestBed, (passed, attempted): (usize, usize)) {
+    if attempted == 0 {
         return;
     }
-    println!("\nfigure pods_recovered_of_cases {ended_well}/{played}");
+    println!("\nfigure pods_recovered_of_cases {passed}/{attempted}");
     for (figure, metric) in [
         ("import_to_running_ms", "lighterman_import_to_running_seconds"),
         ("event_to_first_byte_ms", "lighterman_event_to_first_byte_seconds"),

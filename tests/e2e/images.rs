@@ -133,9 +133,9 @@ impl ImageBuilder {
                 making.index(&[unnamed])
             }
         };
-        let root = text(&target["digest"]);
+        let digest = text(&target["digest"]);
         let every_platform = !matches!(recipe.target_kind, TargetKind::Manifest | TargetKind::Index);
-        Image { digest: root, own_layer, config, target, blobs: making.blobs, every_platform }
+        Image { digest, own_layer, config, target, blobs: making.blobs, every_platform }
     }
 }
 

@@ -34,14 +34,14 @@ const CASES_IN_PARALLEL: usize = 8;
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    let selected_turn = |name: &str| !arguments.list && is_selected(&arguments, name);
+    let is_to_run = |name: &str| !arguments.list && is_selected(&arguments, name);
     let cases_on_nodes: Vec<_> =
         CaseOnNode::all().into_iter().map(|(name, case_on_node)| (name, Arc::new(case_on_node))).collect();
-    let stalls = stalls::ALL.iter().any(|(name, _)| selected_turn(name));
-    let needed = stalls
-        || cases_on_nodes.iter().any(|(name, _)| selected_turn(name))
-        || scenarios::ALL.iter().any(|(name, _)| selected_turn(name));
-    let bed = match needed.then(|| TestBed::up(stalls)).transpose() {
+    let needs_stalls = stalls::ALL.iter().any(|(name, _)| is_to_run(name));
+    let needed = needs_stalls
+        || cases_on_nodes.iter().any(|(name, _)| is_to_run(name))
+        || scenarios::ALL.iter().any(|(name, _)| is_to_run(name));
+    let bed = match needed.then(|| TestBed::up(needs_stalls)).transpose() {
         Ok(bed) => bed.map(Arc::new),
         Err(error) => {
             eprintln!("the test bed did not start: {error}");
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     let scenarios = run_scenarios(&arguments, bed.as_ref(), scenarios::ALL);
     drop(bed);
     let mut conclusions = vec![cases, scenarios];
-    let needed = discarding::ALL.iter().any(|(name, _)| selected_turn(name));
+    let needed = discarding::ALL.iter().any(|(name, _)| is_to_run(name));
     match needed.then(discarding::up).transpose() {
         Ok(bed) => conclusions.push(run_scenarios(&arguments, bed.map(Arc::new).as_ref(), discarding::ALL)),
         Err(error) => {
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
         }
     }
     for family in address_families::ALL {
-        let needed = family.scenarios.iter().any(|(name, _)| selected_turn(name));
+        let needed = family.scenarios.iter().any(|(name, _)| is_to_run(name));
         match needed.then(|| family.up()).transpose() {
             Ok(bed) => conclusions.push(run_scenarios(&arguments, bed.map(Arc::new).as_ref(), family.scenarios)),
             Err(error) => {
@@ -90,25 +90,25 @@ fn run_cases(
         .filter(|(name, _)| is_selected(arguments, name))
         .map(|(_, case_on_node)| &**case_on_node)
         .collect();
-    let stage = bed.map(|bed| CaseRunner::prepare(bed, &selected)).transpose()?.map(Arc::new);
+    let runner = bed.map(|bed| CaseRunner::prepare(bed, &selected)).transpose()?.map(Arc::new);
     let trials = cases_on_nodes.into_iter().map(|(name, case_on_node)| {
-        let (bed, stage) = (bed.cloned(), stage.clone());
+        let (bed, runner) = (bed.cloned(), runner.clone());
         Trial::test(name, move || {
-            let (bed, stage) = bed.as_deref().zip(stage.as_deref()).ok_or("no test bed")?;
-            stage.run(bed, &case_on_node).map_err(Failed::from)
+            let (bed, runner) = bed.as_deref().zip(runner.as_deref()).ok_or("no test bed")?;
+            runner.run(bed, &case_on_node).map_err(Failed::from)
         })
     });
     // The stall rows wait for minutes on nodes of their own. Started first, they end before the
     // cases.
-    let stalled = stalls::ALL.iter().map(|(name, row)| {
+    let stall_trials = stalls::ALL.iter().map(|(name, row)| {
         let bed = bed.cloned();
         Trial::test(*name, move || row(bed.as_deref().ok_or("no test bed")?).map_err(Failed::from))
     });
-    let side_by_side = CASES_IN_PARALLEL + stalls::ALL.len();
-    let arguments = Arguments { test_threads: Some(side_by_side), ..arguments.clone() };
-    let conclusion = libtest_mimic::run(&arguments, stalled.chain(trials).collect());
-    if let Some((bed, stage)) = bed.zip(stage) {
-        figures::of_cases(bed, stage.score());
+    let threads = CASES_IN_PARALLEL + stalls::ALL.len();
+    let arguments = Arguments { test_threads: Some(threads), ..arguments.clone() };
+    let conclusion = libtest_mimic::run(&arguments, stall_trials.chain(trials).collect());
+    if let Some((bed, runner)) = bed.zip(runner) {
+        figures::of_cases(bed, runner.score());
     }
     Ok(conclusion)
 }

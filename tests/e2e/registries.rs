@@ -341,23 +341,23 @@ impl Registries {
         let registries = Self::default();
         tls::serve(ADDRESS, ScriptedRegistry::TlsForPlain.port())?;
         let not_served = [ScriptedRegistry::Refuses, ScriptedRegistry::TlsForPlain];
-        let listen = |world: &ScriptedRegistry| {
-            !(world.is_proxied() || matches!(world, ScriptedRegistry::Tls(_)) || not_served.contains(world))
+        let has_listener = |registry: &ScriptedRegistry| {
+            !(registry.is_proxied() || matches!(registry, ScriptedRegistry::Tls(_)) || not_served.contains(registry))
         };
         server::serve(PROXY, move |request| {
-            let asked =
-                ScriptedRegistry::all().find(|world| request.method == "CONNECT" && request.path == world.host());
-            asked.map_or(Reply::Raw(b""), |world| world.reply(&request, &Content::default()))
+            let target =
+                ScriptedRegistry::all().find(|registry| request.method == "CONNECT" && request.path == registry.host());
+            target.map_or(Reply::Raw(b""), |registry| registry.reply(&request, &Content::default()))
         })?;
-        for world in ScriptedRegistry::all().filter(listen) {
+        for registry in ScriptedRegistry::all().filter(has_listener) {
             let shared = registries.clone();
-            server::serve(&world.host(), move |mut request| {
+            server::serve(&registry.host(), move |mut request| {
                 let mut content = shared.content();
-                let key = (world.port(), request.method.clone(), request.path.clone());
+                let key = (registry.port(), request.method.clone(), request.path.clone());
                 let count = content.counts.entry(key).or_default();
                 *count += 1;
                 request.count = *count;
-                world.reply(&request, &content)
+                registry.reply(&request, &content)
             })?;
         }
         Ok(registries)
@@ -372,12 +372,12 @@ impl Registries {
     }
 
     /// Number of GET requests to this registry for paths with this part.
-    pub(crate) fn fetches(&self, world: ScriptedRegistry, part: &str) -> usize {
+    pub(crate) fn fetches(&self, registry: ScriptedRegistry, part: &str) -> usize {
         let content = self.content();
         let counts = content
             .counts
             .iter()
-            .filter(|((port, method, path), _)| *port == world.port() && method == "GET" && path.contains(part));
+            .filter(|((port, method, path), _)| *port == registry.port() && method == "GET" && path.contains(part));
         counts.map(|(_, count)| count).sum()
     }
 
@@ -396,8 +396,8 @@ pub(crate) const INVENTED_PORT: u16 = 5099;
 
 /// The registries for which containerd and the agents are configured for plain HTTP.
 pub(crate) fn names() -> Vec<String> {
-    let spoken = ScriptedRegistry::all().filter(|world| world.is_plain());
-    spoken.map(ScriptedRegistry::host).chain([format!("{ADDRESS}:{INVENTED_PORT}")]).collect()
+    let plain = ScriptedRegistry::all().filter(|registry| registry.is_plain());
+    plain.map(ScriptedRegistry::host).chain([format!("{ADDRESS}:{INVENTED_PORT}")]).collect()
 }
 
 /// The TLS registries for which containerd trusts the test authority.

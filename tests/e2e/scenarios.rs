@@ -79,8 +79,8 @@ impl Drop for RegistryDown<'_> {
     }
 }
 
-pub(crate) fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), TestError> {
-    if holds { Ok(()) } else { Err(otherwise.into()) }
+pub(crate) fn ensure(condition: bool, message: impl Into<String>) -> Result<(), TestError> {
+    if condition { Ok(()) } else { Err(message.into()) }
 }
 
 fn daemonset(bed: &TestBed) -> Result<(), TestError> {
@@ -151,9 +151,9 @@ fn tag_and_digest(bed: &TestBed) -> Result<(), TestError> {
             _ => format!("{REGISTRY}/{name}@{digest}"),
         };
         let (provider, _) = NODES[source];
-        let holding = format!("provider-{source}");
-        space.pod(&holding, provider, image, true)?;
-        space.wait_running(&holding)?;
+        let provider_pod = format!("provider-{source}");
+        space.pod(&provider_pod, provider, image, true)?;
+        space.wait_running(&provider_pod)?;
         let _down = RegistryDown::now(bed)?;
         for (node, _) in NODES.iter().filter(|(node, _)| *node != provider) {
             let pod = format!("by-{by_what}-from-{provider}-{node}");
@@ -264,21 +264,21 @@ fn prometheus(bed: &TestBed) -> Result<(), TestError> {
     let file = bed.folder().join("prometheus.yml");
     std::fs::write(&file, config.to_string()).map_err(|error| error.to_string())?;
     bed.ctl(&["prometheus", &file.to_string_lossy(), "9090"])?;
-    let ask = |query: &str| -> Result<f64, TestError> {
+    let query_prometheus = |query: &str| -> Result<f64, TestError> {
         let url = "http://10.77.0.1:9090/api/v1/query";
         let text = bed.ctl(&["in", "hub", "curl", "-sSf", "-G", url, "--data-urlencode", &format!("query={query}")])?;
         let answer: serde_json::Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
         Ok(answer["data"]["result"][0]["value"][1].as_str().and_then(|value| value.parse().ok()).unwrap_or(0.0))
     };
     let nodes = NODES.len() as f64;
-    wait_for("every agent to be scraped", WAIT_DEADLINE, || Ok((ask("sum(up)")? == nodes).then_some(())))?;
+    wait_for("every agent to be scraped", WAIT_DEADLINE, || Ok((query_prometheus("sum(up)")? == nodes).then_some(())))?;
     // The nodes of the stall rows have agents too.
-    let others = bed.nodes().count() as f64 - 1.0;
+    let other_agents = bed.nodes().count() as f64 - 1.0;
     wait_for("each agent to count all others as peers", WAIT_DEADLINE, || {
-        Ok((ask("min(lighterman_peers)")? == others).then_some(()))
+        Ok((query_prometheus("min(lighterman_peers)")? == other_agents).then_some(()))
     })?;
     for query in ["sum(lighterman_served_bytes_total)", "min(lighterman_announced_items)"] {
-        let value = ask(query)?;
+        let value = query_prometheus(query)?;
         ensure(value > 0.0, format!("{query} is {value}"))?;
     }
     bed.ctl(&["prometheus", "stop"]).map(drop)

@@ -63,13 +63,13 @@ impl<'a> Pull<'a> {
     fn new(
         space: &'a TestNamespace<'a>,
         name: &'static str,
-        (world, path): (ScriptedRegistry, &str),
+        (registry, path): (ScriptedRegistry, &str),
         provider: Option<&str>,
     ) -> Result<Self, TestError> {
         let image = ImageBuilder::new(&space.bed.busybox())?.build(PLAIN, &format!("{}-{name}", space.name));
         let repository = format!("{path}/{}", space.name);
         space.bed.registries().publish(&format!("{repository}:v1"), &image);
-        let reference = format!("{}/{repository}:v1", world.host());
+        let reference = format!("{}/{repository}:v1", registry.host());
         if let Some(provider) = provider {
             import(space.bed, provider, &[(reference.clone(), &image)])?;
         }
@@ -86,7 +86,7 @@ impl<'a> Pull<'a> {
     }
 
     /// Waits until containerd requests a path with this part from the stalling registry.
-    fn wait_asked(&self, part: &str) -> Result<(), TestError> {
+    fn wait_requested(&self, part: &str) -> Result<(), TestError> {
         wait_for(&format!("a GET of {part}"), WAIT_DEADLINE, || Ok((self.fetches(part) > 0).then_some(())))
     }
 
@@ -124,8 +124,8 @@ impl<'a> Pull<'a> {
     }
 }
 
-fn ensure(holds: bool, otherwise: impl Into<String>) -> Result<(), TestError> {
-    if holds { Ok(()) } else { Err(otherwise.into()) }
+fn ensure(condition: bool, message: impl Into<String>) -> Result<(), TestError> {
+    if condition { Ok(()) } else { Err(message.into()) }
 }
 
 fn counted(bed: &TestBed, node: &str, result: &str) -> Result<f64, TestError> {
@@ -147,10 +147,10 @@ fn ended(bed: &TestBed) -> Result<(), TestError> {
     let began = Instant::now();
     layer.start_by_digest(ENDING)?;
     [&manifest, &crawl, &late].into_iter().try_for_each(|pull| pull.start(ENDING))?;
-    layer.wait_asked(layer.layer())?;
-    manifest.wait_asked("/v2/manifest/")?;
-    crawl.wait_asked(crawl.layer())?;
-    late.wait_asked(late.layer())?;
+    layer.wait_requested(layer.layer())?;
+    manifest.wait_requested("/v2/manifest/")?;
+    crawl.wait_requested(crawl.layer())?;
+    late.wait_requested(late.layer())?;
     // All parallel pulls are taken: this pull waits in the kubelet's queue.
     queued.start(ENDING)?;
     queued.wait_running()?;
@@ -184,11 +184,11 @@ fn ended(bed: &TestBed) -> Result<(), TestError> {
 fn reported(bed: &TestBed) -> Result<(), TestError> {
     let space = TestNamespace::new(bed, "e2e-stalls-told")?;
     let layer = Pull::new(&space, "layer", (ScriptedRegistry::Stalls, "layer"), Some(NODES[1].0))?;
-    let behind = Pull::new(&space, "behind", (ScriptedRegistry::Serves, "behind"), None)?;
+    let blocked = Pull::new(&space, "behind", (ScriptedRegistry::Serves, "behind"), None)?;
     let began = Instant::now();
     layer.start_by_digest(WAITING)?;
-    layer.wait_asked(layer.layer())?;
-    behind.start(WAITING)?;
+    layer.wait_requested(layer.layer())?;
+    blocked.start(WAITING)?;
     let note = layer.wait_only_event("ImagePullStalled")?;
     println!("\nfigure stalled_event_s {:.1}\n  {note}", began.elapsed().as_secs_f64());
     for words in [layer.image.digest.as_str(), "image_pull_progress_timeout", "endStalledPulls"] {
@@ -197,7 +197,7 @@ fn reported(bed: &TestBed) -> Result<(), TestError> {
     layer.wait_only_event("ImageRecovered")?;
     ensure(!is_running(&space.get_pod("behind")?), "a later pull was not blocked")?;
     layer.wait_running()?;
-    behind.wait_running()?;
+    blocked.wait_running()?;
     println!("figure stalled_pull_to_running_s {:.1}", began.elapsed().as_secs_f64());
     println!("  {:?}", layer.events("Failed")?);
     layer.wait_only_event("ImagePullStalled")?;

@@ -253,8 +253,8 @@ impl TestBed {
             &["get", "pods", "-A", "-o", "wide"],
             &["get", "events", "-A", "--sort-by=.lastTimestamp"],
         ];
-        let said = commands.map(|arguments| self.kubectl(arguments).unwrap_or_else(|error| error));
-        said.join("\n---\n")
+        let outputs = commands.map(|arguments| self.kubectl(arguments).unwrap_or_else(|error| error));
+        outputs.join("\n---\n")
     }
 }
 
@@ -302,23 +302,24 @@ fn with_ending_agent(manifest: &str) -> Result<String, TestError> {
         return Err("the DaemonSet has no nodeSelector kubernetes.io/os: linux".into());
     }
     let node = stalls::ENDING;
-    let there = format!("      nodeSelector:\n        kubernetes.io/hostname: {node}\n");
-    let ending =
-        agents.replacen("  name: lighterman\n", &format!("  name: {ENDING_AGENT}\n"), 1).replace(ANY_NODE, &there);
+    let ending_node = format!("      nodeSelector:\n        kubernetes.io/hostname: {node}\n");
+    let ending = agents
+        .replacen("  name: lighterman\n", &format!("  name: {ENDING_AGENT}\n"), 1)
+        .replace(ANY_NODE, &ending_node);
     let ending = set_variable(&ending, "LIGHTERMAN_END_STALLED_PULLS", "true");
     let terms = format!("[{{matchExpressions: [{{key: kubernetes.io/hostname, operator: NotIn, values: [{node}]}}]}}]");
-    let elsewhere = format!(
+    let other_nodes = format!(
         "{ANY_NODE}      affinity: {{nodeAffinity: {{requiredDuringSchedulingIgnoredDuringExecution: {{nodeSelectorTerms: {terms}}}}}}}\n"
     );
-    Ok(format!("{}\n---\n{ending}\n", manifest.trim_end().replace(ANY_NODE, &elsewhere)))
+    Ok(format!("{}\n---\n{ending}\n", manifest.trim_end().replace(ANY_NODE, &other_nodes)))
 }
 
 /// Sets an environment variable of the agents, and replaces a value that the manifest has.
 pub(crate) fn set_variable(manifest: &str, name: &str, value: &str) -> String {
     let mut lines: Vec<_> = manifest.lines().collect();
     let is_named = |line: &&str| line.trim() == format!("- name: {name}");
-    if let Some(place) = lines.iter().position(is_named) {
-        lines.drain(place..place + 2);
+    if let Some(index) = lines.iter().position(is_named) {
+        lines.drain(index..index + 2);
     }
     // Every agent has the variable with the node's name.
     let Some(first) = lines.iter().position(|line| line.trim() == "- name: LIGHTERMAN_NODE_NAME") else {
@@ -344,11 +345,11 @@ pub(crate) fn output(command: &mut Command) -> Result<String, TestError> {
 pub(crate) fn wait_for<T>(
     what: &str,
     limit: Duration,
-    mut look: impl FnMut() -> Result<Option<T>, TestError>,
+    mut poll: impl FnMut() -> Result<Option<T>, TestError>,
 ) -> Result<T, TestError> {
     let deadline = Instant::now() + limit;
     loop {
-        if let Some(found) = look()? {
+        if let Some(found) = poll()? {
             return Ok(found);
         }
         if Instant::now() > deadline {

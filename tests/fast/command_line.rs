@@ -11,7 +11,7 @@ fn lighterman(arguments: &[&str]) -> Output {
 #[test]
 fn wrong_flags_exit_with_64_and_one_line() {
     let agent = ["agent", "--node-name", "n1"];
-    for (arguments, said) in [
+    for (arguments, expected) in [
         (vec!["--no-such-flag"], "--no-such-flag"),
         (vec!["sail"], "sail"),
         (vec!["agent"], "--node-name"),
@@ -35,7 +35,7 @@ fn wrong_flags_exit_with_64_and_one_line() {
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(64), "{arguments:?}: {text}");
         assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
-        assert!(text.contains(said), "{arguments:?}: {text}");
+        assert!(text.contains(expected), "{arguments:?}: {text}");
         assert!(output.stdout.is_empty());
     }
 }
@@ -101,8 +101,8 @@ fn commands_without_an_agent_name_the_socket_and_a_remedy() {
 #[test]
 fn the_demo_recovers_an_image_and_verifies_its_digest() {
     let output = lighterman(&["--log", "warn", "demo", "--image-size", "3MiB", "--json"]);
-    let story = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(0), "{story}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
     let text = String::from_utf8(output.stdout).unwrap();
     let result: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
     assert_eq!(result["recovered"], true);
@@ -110,5 +110,5 @@ fn the_demo_recovers_an_image_and_verifies_its_digest() {
     assert_eq!(result["providers"], serde_json::json!(["node-1"]));
     assert!(result["bytes"].as_u64().unwrap() > 3 << 20, "{result}");
     assert!(result["seconds"].as_f64().unwrap() > 0.0);
-    assert!(story.contains("connection refused"), "the demo really tries its registry: {story}");
+    assert!(stderr.contains("connection refused"), "the demo really tries its registry: {stderr}");
 }

@@ -28,9 +28,9 @@ const IMAGE: &str = "r.test/shop/checkout:v1";
 async fn lighterman(arguments: &[&str], steps: Vec<PullProgress>) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let socket: PathBuf = folder.path().join("agent.sock");
-    let (pulls_in, mut pulls) = mpsc::channel::<PullRequest>(1);
+    let (pull_sender, mut pulls) = mpsc::channel::<PullRequest>(1);
     let control =
-        ControlServer::bind(Config { socket: socket.clone() }, Arc::new(FixedStatus), pulls_in).await.unwrap();
+        ControlServer::bind(Config { socket: socket.clone() }, Arc::new(FixedStatus), pull_sender).await.unwrap();
     let stop = CancellationToken::new();
     let stopping = stop.clone();
     let serving = tokio::spawn(control.run(stop.clone()));
@@ -86,9 +86,9 @@ async fn a_pull_without_a_terminal_prints_lines() {
 #[tokio::test]
 async fn json_output_has_one_object_for_each_step() {
     let output = lighterman(&["pull", IMAGE, "--json"], steps()).await;
-    let told: Vec<PullProgress> =
+    let printed: Vec<PullProgress> =
         text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((told, output.status.code()), (steps(), Some(0)));
+    assert_eq!((printed, output.status.code()), (steps(), Some(0)));
 }
 
 #[tokio::test]
@@ -96,10 +96,10 @@ async fn a_failure_names_the_image_and_a_remedy() {
     let message = "no peer holds the image (asked: \u{1b}[2Jn2)".to_owned();
     let failed = PullProgress::Failed { kind: PullFailure::NoProvider, message, retryable: true };
     let output = lighterman(&["pull", IMAGE], vec![failed]).await;
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains(IMAGE) && said.contains("n2") && said.contains("lighterman status"), "{said}");
-    assert!(!said.contains('\u{1b}'), "no escape sequence reaches the terminal: {said:?}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(IMAGE) && stderr.contains("n2") && stderr.contains("lighterman status"), "{stderr}");
+    assert!(!stderr.contains('\u{1b}'), "no escape sequence reaches the terminal: {stderr:?}");
 }
 
 #[tokio::test]
@@ -107,8 +107,8 @@ async fn a_pull_past_its_deadline_is_aborted() {
     // The agent sends nothing more and keeps the connection open.
     let output = lighterman(&["pull", IMAGE, "--timeout", "1"], steps()[..1].to_vec()).await;
     assert_eq!(output.status.code(), Some(1));
-    let said = text(&output.stderr);
-    assert!(said.contains(IMAGE) && said.contains("--timeout"), "{said}");
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains(IMAGE) && stderr.contains("--timeout"), "{stderr}");
 }
 
 #[tokio::test]
@@ -135,7 +135,7 @@ async fn a_status_without_an_agent_exits_with_1() {
     let socket = folder.path().join("agent.sock");
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_lighterman"));
     let output = command.args(["status", "--peers", "--socket"]).arg(&socket).env_clear().output().await.unwrap();
-    let said = text(&output.stderr);
-    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()), "{said}");
-    assert!(said.contains(socket.to_str().unwrap()), "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()), "{stderr}");
+    assert!(stderr.contains(socket.to_str().unwrap()), "{stderr}");
 }

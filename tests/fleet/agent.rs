@@ -38,7 +38,7 @@ impl Agent {
     /// Creates the objects and files of a node's agent. `start` runs the process. `flags` are the
     /// arguments that differ between fleets.
     pub(crate) async fn new(
-        place: &KubeNamespace,
+        kube: &KubeNamespace,
         number: usize,
         folder: &Path,
         zone: Option<String>,
@@ -48,10 +48,10 @@ impl Agent {
         let node = format!("node-{number}");
         let labels = json!({ "topology.kubernetes.io/zone": zone });
         let labels = zone.map_or(json!({}), |_| labels);
-        create::<Node>(&Api::all(place.admin.clone()), json!({ "metadata": { "name": node, "labels": labels } })).await;
-        let pod = place.pod_on(&format!("agent-{number}"), &node).await;
-        let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
-        let kubernetes = place.config_of(&token);
+        create::<Node>(&Api::all(kube.admin.clone()), json!({ "metadata": { "name": node, "labels": labels } })).await;
+        let pod = kube.pod_on(&format!("agent-{number}"), &node).await;
+        let token = kube.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
+        let kubernetes = kube.config_of(&token);
         let folder = folder.join(&node);
         std::fs::create_dir(&folder).unwrap();
         let seeds: Vec<_> = (0..SEEDS).map(|seed| mesh_address(seed).to_string()).collect();
@@ -78,9 +78,9 @@ impl Agent {
         Self { store, node, number, folder, arguments, process: None }
     }
 
-    pub(crate) fn start(&mut self, wires: &AgentNetwork) {
+    pub(crate) fn start(&mut self, network: &AgentNetwork) {
         let log = File::options().create(true).append(true).open(self.folder.join("log")).unwrap();
-        let mut command = wires.command(self.number, &binary());
+        let mut command = network.command(self.number, &binary());
         command.arg("agent").args(&self.arguments).stdin(Stdio::null());
         let process = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().expect("nsenter runs");
         self.process = Some(process);
@@ -100,7 +100,7 @@ impl Agent {
 
     /// Body of a GET on the admin port. `None` unless the status is 200 within the deadline.
     pub(crate) async fn get(&self, path: &str) -> Option<String> {
-        let got = async {
+        let response = async {
             let mut connection = TcpStream::connect(admin_address(self.number)).await.ok()?;
             let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
             connection.write_all(request.as_bytes()).await.ok()?;
@@ -109,7 +109,7 @@ impl Agent {
             let (head, body) = answer.split_once("\r\n\r\n")?;
             head.starts_with("HTTP/1.1 200 ").then(|| body.to_owned())
         };
-        tokio::time::timeout(RESPONSE_DEADLINE, got).await.ok()?
+        tokio::time::timeout(RESPONSE_DEADLINE, response).await.ok()?
     }
 
     pub(crate) fn control(&self) -> Client {
@@ -118,9 +118,9 @@ impl Agent {
 
     /// Whether a dry-run pull of the image lists this node as a provider.
     pub(crate) async fn would_fetch_from(&self, image: &Reference, provider: &str) -> bool {
-        let Ok(mut asked) = self.control().pull(image, true).await else { return false };
-        let answer = asked.next().await;
-        matches!(answer, Ok(PullProgress::Resolved { providers, .. }) if providers.iter().any(|node| node == provider))
+        let Ok(mut pull) = self.control().pull(image, true).await else { return false };
+        let first = pull.next().await;
+        matches!(first, Ok(PullProgress::Resolved { providers, .. }) if providers.iter().any(|node| node == provider))
     }
 
     /// The last 40 lines of the log.

@@ -48,8 +48,8 @@ fn testbed() -> PathBuf {
 
 /// Path of a Kubernetes program or etcd in the testbed.
 pub(crate) fn program(name: &str) -> PathBuf {
-    let places = ["k8s/bin", "bin"].map(|folder| testbed().join(folder).join(name));
-    let found = places.iter().find(|path| path.exists());
+    let candidates = ["k8s/bin", "bin"].map(|folder| testbed().join(folder).join(name));
+    let found = candidates.iter().find(|path| path.exists());
     found.unwrap_or_else(|| panic!("{name} is not in {}: run `make testbed`", testbed().display())).clone()
 }
 
@@ -214,8 +214,8 @@ impl KubeNamespace {
                 "containers": [{ "name": "main", "image": "reg.test/app:1" }],
             },
         });
-        let made = create::<Pod>(&self.pods(), pod).await;
-        PodRef { k8s_namespace: self.name.clone(), name: name.to_owned(), uid: made.metadata.uid.unwrap() }
+        let created = create::<Pod>(&self.pods(), pod).await;
+        PodRef { k8s_namespace: self.name.clone(), name: name.to_owned(), uid: created.metadata.uid.unwrap() }
     }
 
     /// Requests a token from the API server. Without `audience` the token is for the API server

@@ -79,7 +79,7 @@ impl AgentNetwork {
         let tag = format!("lighterman-{}", std::process::id());
         let names: Vec<_> = (0..agents).map(|agent| namespace(&tag, agent)).collect();
         let switch = format!("{tag}-switch");
-        let keeper = Command::new("sh")
+        let cleanup = Command::new("sh")
             .args(["-c", CLEANUP_SCRIPT, "sh", &switch])
             .args(&names)
             .stdin(Stdio::piped())
@@ -87,7 +87,7 @@ impl AgentNetwork {
             .stderr(Stdio::null())
             .spawn()
             .expect("sh runs");
-        let wires = Self { tag, agents, cleanup: keeper };
+        let network = Self { tag, agents, cleanup };
         let mut lines = vec!["link set lo up".to_owned()];
         for bridge in ["mesh", "control"] {
             lines.push(format!("link add {bridge} type bridge mcast_snooping 0"));
@@ -115,7 +115,7 @@ impl AgentNetwork {
             }
             ip(&["-n", name], &lines);
         }
-        wires
+        network
     }
 
     /// Moves this thread into the switch. Its later threads and processes start there.

@@ -22,8 +22,8 @@ pub(super) fn bytes_per_message() -> f64 {
     mesh.run_for(watched);
     let idle = mean(&received_since(&mesh, &before));
 
-    let heard = |mesh: &Mesh| mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>();
-    let (before, heard_before) = (mesh.traffic(), heard(&mesh));
+    let received = |mesh: &Mesh| mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>();
+    let (before, received_before) = (mesh.traffic(), received(&mesh));
     for round in 0..ROUNDS {
         for publisher in 0..PUBLISHERS {
             let blob = mesh.catalogue.new_blob(&format!("round {round} {publisher}"));
@@ -35,7 +35,7 @@ pub(super) fn bytes_per_message() -> f64 {
     }
     mesh.run_for(APART);
     let traffic = received_since(&mesh, &before);
-    let messages = (heard(&mesh) - heard_before) as f64 / AGENTS as f64;
+    let messages = (received(&mesh) - received_before) as f64 / AGENTS as f64;
     let bytes = mean(&traffic).saturating_sub(idle) as f64 / messages;
     let context = format!("received by an agent above idle traffic, / {messages:.0} messages; {}", shares(&traffic));
     println!("figure mesh_bytes_per_message_model {bytes:.0} ({context})");

@@ -53,9 +53,9 @@ pub(super) fn mean(traffic: &[Traffic]) -> u64 {
 
 pub(super) fn an_image_on_one_node(mesh: &mut Mesh) -> Duration {
     let image = mesh.catalogue.new_image();
-    let parts = mesh.catalogue.parts(image).to_vec();
+    let items = mesh.catalogue.image_items(image).to_vec();
     let node = mesh.rng.random_range(0..mesh.nodes.len());
-    mesh.change(node, &parts, &[]);
+    mesh.change(node, &items, &[]);
     let time = wait_converged(mesh, "an image on one node");
     println!("  an image on one node: {:.2} s until all inventories agree", time.as_secs_f64());
     time
@@ -66,24 +66,24 @@ const ROLLOUT: Duration = Duration::from_secs(30);
 
 pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
     let image = mesh.catalogue.new_image();
-    let parts = mesh.catalogue.parts(image).to_vec();
-    let (before, told, began) = (mesh.traffic(), mesh.published_by_kind, mesh.now);
-    let heard = mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>();
+    let items = mesh.catalogue.image_items(image).to_vec();
+    let (before, published_before, began) = (mesh.traffic(), mesh.published_by_kind, mesh.now);
+    let received_before = mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>();
     let mut moments: Vec<_> = (0..mesh.nodes.len()).map(|node| (mesh.rng.random_range(0.0..1.0), node)).collect();
     moments.sort_by(|one, other| f64::total_cmp(&one.0, &other.0));
     for (moment, node) in moments {
         let at = began + (ROLLOUT.mul_f64(moment).as_micros() as u64);
         mesh.run_for(Duration::from_micros(at.saturating_sub(mesh.now)));
-        mesh.change(node, &parts, &[]);
+        mesh.change(node, &items, &[]);
     }
     let time = wait_converged(mesh, "an image on every node");
     let received = received_since(mesh, &before);
     let took = Duration::from_micros(mesh.now - began);
-    let heard = mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>() - heard;
+    let messages_received = mesh.nodes.iter().map(|node| node.messages_received).sum::<u64>() - received_before;
     let context = format!(
-        "received by a node on average, from a rollout of 30 s to the last inventory; {}; {} entries, {heard} received",
+        "received by a node on average, from a rollout of 30 s to the last inventory; {}; {} entries, {messages_received} received",
         shares(&received),
-        mesh.published_by_kind[0] - told[0],
+        mesh.published_by_kind[0] - published_before[0],
     );
     figure(mesh, "mesh_burst_kbit_s_1000", kbit_s(mean(&received), took), &context);
     println!("  an image on all nodes: {:.2} s after the last node", time.as_secs_f64());
@@ -95,21 +95,22 @@ pub(super) fn an_image_on_every_node(mesh: &mut Mesh) -> Duration {
 const CHANGE_INTERVAL: Duration = Duration::from_secs(360);
 
 pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
-    let pool: Vec<ItemNumber> = (0..40)
+    let candidates: Vec<ItemNumber> = (0..40)
         .flat_map(|_| {
             let image = mesh.catalogue.new_image();
             // Blobs only, without the index: an announced name counts only together with the index.
-            mesh.catalogue.parts(image)[1..10].to_vec()
+            mesh.catalogue.image_items(image)[1..10].to_vec()
         })
         .collect();
-    let (before, told, began) = (mesh.traffic(), mesh.published_by_kind, mesh.now);
+    let (before, published_before, began) = (mesh.traffic(), mesh.published_by_kind, mesh.now);
     let changes = (mesh.nodes.len() as f64 * time.as_secs_f64() / CHANGE_INTERVAL.as_secs_f64()) as u32;
     for _ in 0..changes {
         mesh.run_for(time / changes);
         let node = mesh.rng.random_range(0..mesh.nodes.len());
-        let ten: Vec<_> = pool.choose_multiple(&mut mesh.rng, 10).copied().collect();
-        let (gone, come): (Vec<_>, Vec<_>) = ten.into_iter().partition(|item| mesh.nodes[node].items.contains(item));
-        mesh.change(node, &come, &gone);
+        let ten: Vec<_> = candidates.choose_multiple(&mut mesh.rng, 10).copied().collect();
+        let (removed, added): (Vec<_>, Vec<_>) =
+            ten.into_iter().partition(|item| mesh.nodes[node].items.contains(item));
+        mesh.change(node, &added, &removed);
     }
     let received = received_since(mesh, &before);
     let took = Duration::from_micros(mesh.now - began);
@@ -121,7 +122,7 @@ pub(super) fn a_quiet_time(mesh: &mut Mesh, time: Duration) {
         "received by a node on average, worst {worst:.1}; {:.1} neighbors; {}; published {:?}",
         neighbors.sum::<usize>() as f64 / mesh.nodes.len() as f64,
         shares(&received),
-        std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - told[kind]),
+        std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - published_before[kind]),
     );
     figure(mesh, "mesh_idle_kbit_s_1000", average, &context);
     wait_converged(mesh, "a quiet time");

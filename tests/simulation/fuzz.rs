@@ -57,10 +57,10 @@ fn random_event(mesh: &mut Mesh) {
 /// Adds a whole image to a node, or removes the image if the node has it.
 fn add_or_remove_image(mesh: &mut Mesh, node: usize) {
     let image = mesh.rng.random_range(0..20);
-    let parts = mesh.catalogue.parts(image).to_vec();
-    let gone = parts.iter().all(|part| mesh.nodes[node].items.contains(part));
+    let items = mesh.catalogue.image_items(image).to_vec();
+    let is_present = items.iter().all(|item| mesh.nodes[node].items.contains(item));
     // Base layers are shared with other images and stay.
     let own: Vec<_> =
-        parts.iter().enumerate().filter(|(place, _)| !(10..12).contains(place)).map(|(_, part)| *part).collect();
-    if gone { mesh.change(node, &[], &own) } else { mesh.change(node, &parts, &[]) }
+        items.iter().enumerate().filter(|(index, _)| !(10..12).contains(index)).map(|(_, item)| *item).collect();
+    if is_present { mesh.change(node, &[], &own) } else { mesh.change(node, &items, &[]) }
 }

@@ -24,10 +24,10 @@ pub(super) fn a_new_node(mesh: &mut Mesh) {
     mesh.start(node, &[seed]);
     let time = mesh.wait_converged(WAIT_DEADLINE, &[node]);
     let time = time.unwrap_or_else(|| panic!("a new node: {}", mesh.first_difference()));
-    let took = mesh.nodes[node].traffic;
-    let context = format!("from the start with one address to a complete inventory; {}", shares(&[took]));
+    let traffic = mesh.nodes[node].traffic;
+    let context = format!("from the start with one address to a complete inventory; {}", shares(&[traffic]));
     figure(mesh, "mesh_newcomer_s_1000", time.as_secs_f64(), &context);
-    figure(mesh, "mesh_newcomer_mib_1000", mib(took.total() as usize), "received until then");
+    figure(mesh, "mesh_newcomer_mib_1000", mib(traffic.total() as usize), "received until then");
     let more = wait_converged(mesh, "a new node");
     let received = received_since(mesh, &before);
     println!(

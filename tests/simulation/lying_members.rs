@@ -41,11 +41,11 @@ fn invented_item() -> InventoryItem {
 }
 
 /// An entry of `author` with this sequence number, signed by `signer`.
-fn entry(mesh: &Mesh, author: NodeNumber, signer: NodeNumber, sequence: u64, item: InventoryItem) -> LogEntry {
+fn entry(mesh: &Mesh, publisher: NodeNumber, signer: NodeNumber, sequence: u64, item: InventoryItem) -> LogEntry {
     let changes = vec![InventoryChange::Added(item.clone())];
-    let status = mesh.status(author);
+    let status = mesh.status(publisher);
     let mut head = LogHead {
-        publisher: mesh.nodes[author].peer.id,
+        publisher: mesh.nodes[publisher].peer.id,
         epoch: status.epoch,
         sequence,
         changes: changes_digest(&changes),
@@ -66,8 +66,8 @@ fn forgeries(mesh: &Mesh, liar: NodeNumber, victim: NodeNumber) -> Vec<Gossip> {
     // The liar's own entry, with more changes than the signature covers.
     let mut changed = entry(mesh, liar, liar, mesh.status(liar).sequence + 1, invented_item());
     changed.changes.push(InventoryChange::Added(InventoryItem::Blob(Digest::of(b"nor this"))));
-    let mut farewell = LeaveNotice { peer: peer.id, epoch, signature: [0; 64].into() };
-    farewell.signature = forger.sign(&farewell.signed_bytes());
+    let mut notice = LeaveNotice { peer: peer.id, epoch, signature: [0; 64].into() };
+    notice.signature = forger.sign(&notice.signed_bytes());
     let mut refutation = Refutation { peer: peer.id, epoch, incarnation: 1000, signature: [0; 64].into() };
     refutation.signature = forger.sign(&refutation.signed_bytes());
     let profile = Profile {
@@ -85,7 +85,7 @@ fn forgeries(mesh: &Mesh, liar: NodeNumber, victim: NodeNumber) -> Vec<Gossip> {
     vec![
         Gossip::Entry(forged),
         Gossip::Entry(changed),
-        Gossip::Leave(farewell),
+        Gossip::Leave(notice),
         Gossip::Refutation(refutation),
         Gossip::Introduction(introduction),
     ]
@@ -115,10 +115,10 @@ fn banning_nodes(mesh: &Mesh, liar: NodeNumber) -> usize {
         .observations
         .iter()
         .filter(|one| one.subject == liar && matches!(one.change, ObservedChange::Faulted(_, true)));
-    let mut by: Vec<_> = bans.map(|one| one.observer).collect();
-    by.sort_unstable();
-    by.dedup();
-    by.len()
+    let mut observers: Vec<_> = bans.map(|one| one.observer).collect();
+    observers.sort_unstable();
+    observers.dedup();
+    observers.len()
 }
 
 pub(super) fn a_forger(mesh: &mut Mesh) {
@@ -141,16 +141,16 @@ pub(super) fn a_forger(mesh: &mut Mesh) {
 
 /// Number of faults that honest nodes recorded for honest nodes.
 fn faults_of_honest_nodes(mesh: &Mesh, liars: &[NodeNumber]) -> usize {
-    let blames = mesh.observations.iter().filter(|one| matches!(one.change, ObservedChange::Faulted(..)));
-    blames.filter(|one| !liars.contains(&one.subject) && !liars.contains(&one.observer)).count()
+    let faults = mesh.observations.iter().filter(|one| matches!(one.change, ObservedChange::Faulted(..)));
+    faults.filter(|one| !liars.contains(&one.subject) && !liars.contains(&one.observer)).count()
 }
 
 pub(super) fn a_contradiction(mesh: &mut Mesh) {
     let (liar, _) = pick_two(mesh);
     let sequence = mesh.status(liar).sequence + 1;
     for name in ["one thing", "another"] {
-        let said = entry(mesh, liar, liar, sequence, InventoryItem::Blob(Digest::of(name.as_bytes())));
-        mesh.publish(liar, Gossip::Entry(said));
+        let signed_entry = entry(mesh, liar, liar, sequence, InventoryItem::Blob(Digest::of(name.as_bytes())));
+        mesh.publish(liar, Gossip::Entry(signed_entry));
         mesh.run_for(Duration::from_secs(1));
     }
     mesh.run_for(OBSERVATION_TIME);
@@ -165,18 +165,17 @@ pub(super) fn false_suspicions(mesh: &mut Mesh) {
     for count in [1, 3] {
         let chosen = index::sample(&mut mesh.rng, mesh.nodes.len(), count + 1).into_vec();
         let (victim, liars) = (chosen[0], &chosen[1..]);
-        let judged = mesh.observations.len();
+        let observed = mesh.observations.len();
         for liar in liars {
-            let (accused, by, epoch) =
+            let (suspect, witness, epoch) =
                 (mesh.nodes[victim].peer.id, mesh.nodes[*liar].peer.id, mesh.status(victim).epoch);
-            let mut suspicion =
-                Suspicion { suspect: accused, epoch, incarnation: 0, witness: by, signature: [0; 64].into() };
+            let mut suspicion = Suspicion { suspect, epoch, incarnation: 0, witness, signature: [0; 64].into() };
             suspicion.signature = mesh.key(*liar).sign(&suspicion.signed_bytes());
             mesh.publish(*liar, Gossip::Suspicion(suspicion));
         }
         mesh.run_for(OBSERVATION_TIME);
         assert_honest_inventories_exact(mesh, liars);
-        let of_victim = mesh.observations[judged..].iter().filter(|one| one.subject == victim);
+        let of_victim = mesh.observations[observed..].iter().filter(|one| one.subject == victim);
         let (lost, back): (Vec<&Observation>, Vec<&Observation>) =
             of_victim.partition(|one| matches!(one.change, ObservedChange::Down(_)));
         let last = back.iter().filter(|one| one.change == ObservedChange::Up).map(|one| one.at).max();
@@ -184,7 +183,7 @@ pub(super) fn false_suspicions(mesh: &mut Mesh) {
         let away = first.zip(last).map_or(0, |(first, last)| last.saturating_sub(first));
         println!("  {count} members suspect a live one: dropped by {}, for {} ms at most", lost.len(), away / 1000);
         assert!(count > 1 || lost.is_empty(), "a single witness confirms no death");
-        let others = mesh.observations[judged..]
+        let others = mesh.observations[observed..]
             .iter()
             .filter(|one| one.subject != victim && matches!(one.change, ObservedChange::Down(_)));
         assert_eq!(others.filter(|one| !liars.contains(&one.subject)).count(), 0, "no other honest member is dropped");

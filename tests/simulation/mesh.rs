@@ -165,8 +165,8 @@ impl Mesh {
     /// Adds a node with this number of images.
     pub(crate) fn add_node(&mut self, images: usize) -> NodeNumber {
         let number = self.nodes.len();
-        let held = self.catalogue.pick(images, &mut self.rng);
-        self.nodes.push(SimulatedNode::new(number, held));
+        let items = self.catalogue.pick(images, &mut self.rng);
+        self.nodes.push(SimulatedNode::new(number, items));
         self.numbers.insert(self.nodes[number].peer.id, number);
         number
     }
@@ -196,10 +196,10 @@ impl Mesh {
     pub(crate) fn run_until(
         &mut self,
         deadline: Duration,
-        mut is_so: impl FnMut(&mut Self) -> bool,
+        mut condition: impl FnMut(&mut Self) -> bool,
     ) -> Option<Duration> {
         let began = self.now;
-        while !is_so(self) {
+        while !condition(self) {
             if self.now - began > micros(deadline) {
                 return None;
             }
@@ -212,32 +212,34 @@ impl Mesh {
         self.events.schedule(at, event);
     }
 
-    fn jitter(&mut self, most: Micros) -> Micros {
-        self.rng.random_range(0..most.max(1))
+    fn jitter(&mut self, max: Micros) -> Micros {
+        self.rng.random_range(0..max.max(1))
     }
 
     /// `None` if this process has ended; otherwise whether the process gets processor time now. A
     /// starved process gets the event later.
-    fn may_run(&mut self, node: NodeNumber, life: u32) -> Option<bool> {
+    fn may_run(&mut self, node: NodeNumber, generation: u32) -> Option<bool> {
         let node = &self.nodes[node];
-        (node.generation == life && node.agent.is_some()).then_some(node.starved_until <= self.now)
+        (node.generation == generation && node.agent.is_some()).then_some(node.starved_until <= self.now)
     }
 
     fn handle_event(&mut self, event: Event) {
-        let (node, life) = match &event {
-            Event::Tick(node, life) | Event::Heartbeat(node, life) | Event::RenewToken(node, life) => (*node, *life),
-            Event::TimedOut(node, life, _) | Event::Join(node, life) => (*node, *life),
-            Event::Ping(link, side) => self.connections[*link as usize].end(*side),
-            Event::Arrive(link, side, frame) => {
-                if self.is_lost(*link, *side, frame) {
+        let (node, generation) = match &event {
+            Event::Tick(node, generation)
+            | Event::Heartbeat(node, generation)
+            | Event::RenewToken(node, generation) => (*node, *generation),
+            Event::TimedOut(node, generation, _) | Event::Join(node, generation) => (*node, *generation),
+            Event::Ping(connection, side) => self.connections[*connection as usize].end(*side),
+            Event::Arrive(connection, side, frame) => {
+                if self.is_lost(*connection, *side, frame) {
                     return;
                 }
-                self.connections[*link as usize].end(*side)
+                self.connections[*connection as usize].end(*side)
             }
-            Event::Connection(meeting) => meeting.at(),
+            Event::Connection(attempt) => attempt.at(),
         };
-        match self.may_run(node, life) {
-            Some(true) => self.run_event(node, life, event),
+        match self.may_run(node, generation) {
+            Some(true) => self.run_event(node, generation, event),
             Some(false) => {
                 let later = self.nodes[node].starved_until;
                 self.schedule(later, event);
@@ -246,27 +248,27 @@ impl Mesh {
         }
     }
 
-    fn run_event(&mut self, node: NodeNumber, life: u32, event: Event) {
+    fn run_event(&mut self, node: NodeNumber, generation: u32, event: Event) {
         match event {
             Event::Tick(..) => {
-                self.with_protocol(node, |protocol, table, now| protocol.tick(table, now));
-                self.schedule(self.now + micros(TICK), Event::Tick(node, life));
+                self.with_protocol(node, |protocol, inventory, now| protocol.tick(inventory, now));
+                self.schedule(self.now + micros(TICK), Event::Tick(node, generation));
             }
             Event::Heartbeat(..) => {
                 let (now, rng) = (self.now, &mut self.rng);
                 let sending = self.nodes[node].agent.as_mut().map(|agent| agent.router.heartbeat(now, rng));
                 self.send_all(node, sending.unwrap_or_default());
-                self.schedule(self.now + HEARTBEAT, Event::Heartbeat(node, life));
+                self.schedule(self.now + HEARTBEAT, Event::Heartbeat(node, generation));
             }
             Event::RenewToken(..) => {
                 self.introduce(node);
-                self.schedule(self.now + TOKEN_RENEWAL, Event::RenewToken(node, life));
+                self.schedule(self.now + TOKEN_RENEWAL, Event::RenewToken(node, generation));
             }
-            Event::Ping(link, side) => self.send(link, side, Frame::Ping),
-            Event::Arrive(link, side, frame) => self.receive_frame(link, side, node, frame),
-            Event::TimedOut(_, _, ask) => self.time_out(node, ask),
-            Event::Connection(meeting) => self.advance(meeting),
-            Event::Join(..) => self.join(node, life),
+            Event::Ping(connection, side) => self.send(connection, side, Frame::Ping),
+            Event::Arrive(connection, side, frame) => self.receive_frame(connection, side, node, frame),
+            Event::TimedOut(_, _, id) => self.time_out(node, id),
+            Event::Connection(attempt) => self.advance(attempt),
+            Event::Join(..) => self.join(node, generation),
         }
     }
 
@@ -274,11 +276,11 @@ impl Mesh {
     pub(crate) fn with_protocol<R>(
         &mut self,
         node: NodeNumber,
-        report: impl FnOnce(&mut Protocol<SimulatedKey>, &mut Inventory, Instant) -> R,
+        operation: impl FnOnce(&mut Protocol<SimulatedKey>, &mut Inventory, Instant) -> R,
     ) -> Option<R> {
         let now = self.instant();
         let agent = self.nodes[node].agent.as_mut()?;
-        let result = report(&mut agent.protocol, &mut agent.inventory, now);
+        let result = operation(&mut agent.protocol, &mut agent.inventory, now);
         self.perform_outputs(node);
         Some(result)
     }
@@ -288,14 +290,14 @@ impl Mesh {
         while let Some(output) = self.nodes[node].agent.as_mut().and_then(|agent| agent.protocol.next()) {
             match output {
                 Output::Publish(gossip) => self.publish(node, gossip),
-                Output::Request(ask, peer, question) => self.send_request(node, ask, peer, question),
+                Output::Request(id, peer, request) => self.send_request(node, id, peer, request),
                 Output::Handshake(peer) => self.connect_quic(node, peer.id, false),
                 Output::Dial(peer) => self.dial(node, peer.id),
-                Output::Close(link, _) => self.close(link, node),
+                Output::Close(connection, _) => self.close(connection, node),
                 Output::Allow(peer) => self.allow(node, peer, true),
                 Output::Deny(peer) => self.allow(node, peer, false),
                 Output::Up(peer) => self.observe(node, peer.id, ObservedChange::Up),
-                Output::Down(peer, why) => self.observe(node, peer, ObservedChange::Down(why)),
+                Output::Down(peer, reason) => self.observe(node, peer, ObservedChange::Down(reason)),
                 Output::SharedKey(_) => {}
                 Output::Fault { peer, fault, banned } => {
                     self.observe(node, peer, ObservedChange::Faulted(fault, banned.is_some()));
@@ -304,9 +306,9 @@ impl Mesh {
         }
     }
 
-    fn observe(&mut self, by: NodeNumber, peer: PeerId, verdict: ObservedChange) {
-        if let Some(of) = self.number(peer) {
-            self.observations.push(Observation { at: self.now, observer: by, subject: of, change: verdict });
+    fn observe(&mut self, observer: NodeNumber, peer: PeerId, change: ObservedChange) {
+        if let Some(subject) = self.number(peer) {
+            self.observations.push(Observation { at: self.now, observer, subject, change });
         }
     }
 
@@ -336,9 +338,9 @@ impl Mesh {
     /// Handles a gossipsub message from a peer.
     fn receive_gossip(&mut self, node: NodeNumber, from: NodeNumber, message: MessageNumber) {
         let published = &self.published[message as usize];
-        let large = message_sizes::message(published.bytes) > gossipsub::IDONTWANT_THRESHOLD;
+        let is_large = message_sizes::message(published.bytes) > gossipsub::IDONTWANT_THRESHOLD;
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        let Some(declining) = agent.router.handle_message(message, from, large) else { return };
+        let Some(declining) = agent.router.handle_message(message, from, is_large) else { return };
         self.send_all(node, declining);
         let gossip = self.published[message as usize].gossip.clone();
         if matches!(gossip, Gossip::Leave(_)) && !self.nodes[node].supports_leave {
@@ -346,20 +348,20 @@ impl Mesh {
         }
         let sender = self.nodes[from].peer.id;
         self.nodes[node].messages_received += 1;
-        let verdict =
-            self.with_protocol(node, |protocol, table, now| protocol.receive_gossip(sender, gossip, table, now));
+        let verdict = self
+            .with_protocol(node, |protocol, inventory, now| protocol.receive_gossip(sender, gossip, inventory, now));
         match verdict {
             Some(GossipVerdict::Accept) => {
                 let Some(agent) = &mut self.nodes[node].agent else { return };
                 let sending = agent.router.forward(message, from);
                 self.send_all(node, sending);
             }
-            Some(GossipVerdict::Reject(why)) => {
+            Some(GossipVerdict::Reject(reason)) => {
                 self.observations.push(Observation {
                     at: self.now,
                     observer: node,
                     subject: from,
-                    change: ObservedChange::Rejected(why),
+                    change: ObservedChange::Rejected(reason),
                 });
             }
             Some(GossipVerdict::Ignore(_)) | None => {}
@@ -367,7 +369,7 @@ impl Mesh {
     }
 
     /// Schedules the next ping of a connection.
-    fn schedule_probe(&mut self, link: MeshConnectionId, side: usize) {
-        self.schedule(self.now + micros(PING_INTERVAL), Event::Ping(link, side));
+    fn schedule_probe(&mut self, connection: MeshConnectionId, side: usize) {
+        self.schedule(self.now + micros(PING_INTERVAL), Event::Ping(connection, side));
     }
 }

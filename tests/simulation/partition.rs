@@ -21,9 +21,9 @@ pub(super) fn two_halves(mesh: &mut Mesh) {
     mesh.run_for(Duration::from_secs(20));
     for _ in 0..nodes.div_ceil(20) {
         let image = mesh.catalogue.new_image();
-        let parts = mesh.catalogue.parts(image).to_vec();
+        let items = mesh.catalogue.image_items(image).to_vec();
         let node = mesh.rng.random_range(0..nodes);
-        mesh.change(node, &parts, &[]);
+        mesh.change(node, &items, &[]);
     }
     mesh.run_for(Duration::from_secs(40));
     let mut lingering = 0;
@@ -40,7 +40,7 @@ pub(super) fn two_halves(mesh: &mut Mesh) {
     // the peer.
     assert!(lingering * 20 < nodes * nodes, "{lingering} members of the other side still count as alive");
     mesh.nodes.iter_mut().for_each(|node| node.partition = 0);
-    let (before, told) = (mesh.traffic(), mesh.published_by_kind);
+    let (before, published_before) = (mesh.traffic(), mesh.published_by_kind);
     mesh.resend();
     let time = wait_converged(mesh, "two halves");
     let received = received_since(mesh, &before);
@@ -48,7 +48,7 @@ pub(super) fn two_halves(mesh: &mut Mesh) {
         "after 60 s apart ({lingering} wrongly alive), until all agree; {:.1} MiB received by a node on average: {}; published {:?}",
         mib(mean(&received) as usize),
         shares(&received),
-        std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - told[kind]),
+        std::array::from_fn::<_, 5, _>(|kind| mesh.published_by_kind[kind] - published_before[kind]),
     );
     figure(mesh, "mesh_heal_s_1000", time.as_secs_f64(), &context);
 }

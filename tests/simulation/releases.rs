@@ -19,8 +19,8 @@ pub(super) fn half_the_nodes_lack_a_message_kind(mesh: &mut Mesh) {
     mesh.leave(1);
     mesh.leave(2);
     let image = mesh.catalogue.new_image();
-    let parts = mesh.catalogue.parts(image).to_vec();
-    mesh.change(0, &parts, &[]);
+    let items = mesh.catalogue.image_items(image).to_vec();
+    mesh.change(0, &items, &[]);
     let time = wait_converged(mesh, "two releases");
     println!("  two members of two releases leave: {:.2} s", time.as_secs_f64());
     for node in [1, 2] {

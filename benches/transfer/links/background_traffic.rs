@@ -27,21 +27,21 @@ const LINGER: Duration = Duration::from_millis(1500);
 /// Answers echo requests at the sender's end, until an empty request arrives.
 pub(super) fn serve_echo<'scope>(
     scope: &'scope Scope<'scope, '_>,
-    wire: &'scope ShapedLink,
+    link: &'scope ShapedLink,
 ) -> Result<SocketAddr, BenchError> {
-    let (tell, told) = mpsc::channel();
+    let (address_sender, address_receiver) = mpsc::channel();
     scope.spawn(move || -> Result<(), BenchError> {
-        shaped_link::enter(&wire.sender)?;
+        shaped_link::enter(&link.sender)?;
         let socket = UdpSocket::bind((SENDER, 0))?;
         socket.set_read_timeout(Some(LINGER))?;
-        tell.send(socket.local_addr()?)?;
-        let mut question = [0; 8];
-        while let Ok((length @ 1.., from)) = socket.recv_from(&mut question) {
-            socket.send_to(&question[..length], from)?;
+        address_sender.send(socket.local_addr()?)?;
+        let mut request = [0; 8];
+        while let Ok((length @ 1.., from)) = socket.recv_from(&mut request) {
+            socket.send_to(&request[..length], from)?;
         }
         Ok(())
     });
-    Ok(told.recv()?)
+    Ok(address_receiver.recv()?)
 }
 
 /// Sends echo requests at equal intervals, whether or not earlier requests were answered.
@@ -75,32 +75,32 @@ pub(super) fn send_echoes(echo: SocketAddr, stop: &CancellationToken) -> Result<
 /// Sends as much as a TCP stream accepts at the sender's end, until the other end closes.
 pub(super) fn serve_tcp<'scope>(
     scope: &'scope Scope<'scope, '_>,
-    wire: &'scope ShapedLink,
+    link: &'scope ShapedLink,
 ) -> Result<SocketAddr, BenchError> {
-    let (tell, told) = mpsc::channel();
+    let (address_sender, address_receiver) = mpsc::channel();
     scope.spawn(move || -> Result<(), BenchError> {
-        shaped_link::enter(&wire.sender)?;
+        shaped_link::enter(&link.sender)?;
         // Like CUBIC, the default of most systems, Reno reacts to losses, and is as fast at short
         // round trips. Unlike CUBIC, every namespace may choose Reno (ip-sysctl,
         // tcp_allowed_congestion_control).
         std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "reno")?;
         let listener = TcpListener::bind((SENDER, 0))?;
-        tell.send(listener.local_addr()?)?;
+        address_sender.send(listener.local_addr()?)?;
         let (mut stream, _) = listener.accept()?;
         while stream.write_all(&[0x5a; 64 << 10]).is_ok() {}
         Ok(())
     });
-    Ok(told.recv()?)
+    Ok(address_receiver.recv()?)
 }
 
 /// Reads the stream until `stop`, and returns the number of bytes.
 pub(super) fn receive_tcp(sender: SocketAddr, stop: &CancellationToken) -> Result<u64, BenchError> {
     let mut stream = TcpStream::connect(sender)?;
     stream.set_read_timeout(Some(ECHO_INTERVAL))?;
-    let (mut taken, mut buffer) = (0, vec![0; 64 << 10]);
+    let (mut received, mut buffer) = (0, vec![0; 64 << 10]);
     while !stop.is_cancelled() {
         // A read may time out without data.
-        taken += stream.read(&mut buffer).unwrap_or(0) as u64;
+        received += stream.read(&mut buffer).unwrap_or(0) as u64;
     }
-    Ok(taken)
+    Ok(received)
 }

@@ -45,8 +45,9 @@ pub(super) fn run(rounds: usize) -> Result<(), BenchError> {
         let bytes = CONNECTIONS * BYTES;
         let speed = median(runs.iter().map(|(seconds, _)| mb_s(bytes as u64, *seconds)));
         let cpu = median(runs.iter().map(|(_, cpu)| cpu.as_nanos() as f64 / bytes as f64));
-        let on = format!("MB/s of two connections on loopback, {cores} cores for both sides; CPU {cpu:.2} ns per byte");
-        figure(&format!("quinn_endpoints_{endpoints}"), speed, &on);
+        let context =
+            format!("MB/s of two connections on loopback, {cores} cores for both sides; CPU {cpu:.2} ns per byte");
+        figure(&format!("quinn_endpoints_{endpoints}"), speed, &context);
     }
     Ok(())
 }

@@ -36,18 +36,18 @@ pub(super) struct DelayedSocket {
 struct DelayedPackets {
     in_flight: VecDeque<(Instant, RecvMeta, Vec<u8>)>,
     next: Pin<Box<Sleep>>,
-    chance: SmallRng,
+    rng: SmallRng,
 }
 
 impl DelayedSocket {
     /// Wraps a socket. Must be called within a runtime.
     pub(super) fn new(socket: Arc<dyn AsyncUdpSocket>, distance: Distance, seed: u64) -> Self {
-        let held = DelayedPackets {
+        let delayed = DelayedPackets {
             in_flight: VecDeque::new(),
             next: Box::pin(sleep_until(Instant::now())),
-            chance: SmallRng::seed_from_u64(seed),
+            rng: SmallRng::seed_from_u64(seed),
         };
-        Self { socket, distance, delayed: Mutex::new(held) }
+        Self { socket, distance, delayed: Mutex::new(delayed) }
     }
 }
 
@@ -55,16 +55,16 @@ impl DelayedPackets {
     /// Reads packets until the socket has no more, and registers the task for the next packet.
     fn receive(
         &mut self,
-        far: &DelayedSocket,
+        delayed_socket: &DelayedSocket,
         cx: &mut Context<'_>,
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> io::Result<()> {
-        while let Poll::Ready(came) = far.socket.poll_recv(cx, buffers, meta)? {
-            let due = Instant::now() + far.distance.delay;
-            for (meta, buffer) in meta.iter().zip(buffers.iter()).take(came) {
+        while let Poll::Ready(received) = delayed_socket.socket.poll_recv(cx, buffers, meta)? {
+            let due = Instant::now() + delayed_socket.distance.delay;
+            for (meta, buffer) in meta.iter().zip(buffers.iter()).take(received) {
                 for packet in buffer[..meta.len].chunks(meta.stride.max(1)) {
-                    if self.chance.random_range(0..1_000_000) >= far.distance.lost {
+                    if self.rng.random_range(0..1_000_000) >= delayed_socket.distance.lost {
                         let meta = RecvMeta { len: packet.len(), stride: packet.len(), ..*meta };
                         self.in_flight.push_back((due, meta, packet.to_vec()));
                     }
@@ -78,9 +78,9 @@ impl DelayedPackets {
         let now = Instant::now();
         let mut delivered = 0;
         while delivered < buffers.len().min(meta.len()) && self.in_flight.front().is_some_and(|(due, ..)| *due <= now) {
-            let Some((_, told, packet)) = self.in_flight.pop_front() else { break };
+            let Some((_, received_meta, packet)) = self.in_flight.pop_front() else { break };
             buffers[delivered][..packet.len()].copy_from_slice(&packet);
-            meta[delivered] = told;
+            meta[delivered] = received_meta;
             delivered += 1;
         }
         delivered
@@ -108,16 +108,16 @@ impl AsyncUdpSocket for DelayedSocket {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        let mut held = self.delayed.lock().unwrap_or_else(PoisonError::into_inner);
-        held.receive(self, cx, buffers, meta)?;
+        let mut delayed = self.delayed.lock().unwrap_or_else(PoisonError::into_inner);
+        delayed.receive(self, cx, buffers, meta)?;
         loop {
-            let delivered = held.deliver(buffers, meta);
+            let delivered = delayed.deliver(buffers, meta);
             if delivered > 0 {
                 return Poll::Ready(Ok(delivered));
             }
-            let Some(due) = held.in_flight.front().map(|(due, ..)| *due) else { return Poll::Pending };
-            held.next.as_mut().reset(due);
-            if held.next.as_mut().poll(cx).is_pending() {
+            let Some(due) = delayed.in_flight.front().map(|(due, ..)| *due) else { return Poll::Pending };
+            delayed.next.as_mut().reset(due);
+            if delayed.next.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
         }

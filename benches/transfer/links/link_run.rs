@@ -76,7 +76,7 @@ const PIECE: u64 = 4 << 20;
 /// Makes the link and runs all traffic for the case's time. The seed decides which packets are
 /// lost.
 pub(super) fn run_case(case: &LinkCase, setting: &QuinnSetting, seed: u64) -> Result<LinkRun, BenchError> {
-    let wire = ShapedLink::new(case.mbit_s, case.queue_ms)?;
+    let link = ShapedLink::new(case.mbit_s, case.queue_ms)?;
     let distance = Distance { delay: Duration::from_micros(case.round_trip_ms * 500), lost: case.lost };
     let (server, client) = setting.configs()?;
     let stop = CancellationToken::new();
@@ -84,30 +84,30 @@ pub(super) fn run_case(case: &LinkCase, setting: &QuinnSetting, seed: u64) -> Re
     thread::scope(|scope| {
         // When a thread fails, the other threads stop waiting.
         let _ending = stop.clone().drop_guard();
-        let (wire, setting, stop) = (&wire, &setting, &stop);
-        let (tell, told) = mpsc::channel();
+        let (link, setting, stop) = (&link, &setting, &stop);
+        let (address_sender, address_receiver) = mpsc::channel();
         let sending = scope.spawn(move || -> Result<Vec<ConnectionStats>, BenchError> {
-            shaped_link::enter(&wire.sender)?;
+            shaped_link::enter(&link.sender)?;
             let runtime = runtime()?;
             let endpoint = bind(&runtime, setting, SENDER, distance, seed, Some(server))?;
-            tell.send(endpoint.local_addr()?)?;
+            address_sender.send(endpoint.local_addr()?)?;
             runtime.block_on(serve(&endpoint, stop, case.connections, setting.chunk << 10))
         });
-        let address = told.recv()?;
-        let echo = serve_echo(scope, wire)?;
-        let asking = scope.spawn(move || -> Result<Echoes, BenchError> {
-            shaped_link::enter(&wire.receiver)?;
+        let address = address_receiver.recv()?;
+        let echo = serve_echo(scope, link)?;
+        let echo_client = scope.spawn(move || -> Result<Echoes, BenchError> {
+            shaped_link::enter(&link.receiver)?;
             send_echoes(echo, stop)
         });
-        let stream = if case.tcp { Some(serve_tcp(scope, wire)?) } else { None };
-        let drinking = stream.map(|sender| {
+        let stream = if case.tcp { Some(serve_tcp(scope, link)?) } else { None };
+        let tcp_reader = stream.map(|sender| {
             scope.spawn(move || -> Result<u64, BenchError> {
-                shaped_link::enter(&wire.receiver)?;
+                shaped_link::enter(&link.receiver)?;
                 receive_tcp(sender, stop)
             })
         });
         let receiving = scope.spawn(move || -> Result<_, BenchError> {
-            shaped_link::enter(&wire.receiver)?;
+            shaped_link::enter(&link.receiver)?;
             let runtime = runtime()?;
             let mut endpoints = Vec::new();
             for number in 1..=case.connections {
@@ -124,9 +124,9 @@ pub(super) fn run_case(case: &LinkCase, setting: &QuinnSetting, seed: u64) -> Re
         // The panic message is already printed.
         let received = receiving.join().map_err(|_| "the receiver panicked")?;
         stop.cancel();
-        let echoes = asking.join().map_err(|_| "the echo client panicked")??;
-        let tcp = match drinking {
-            Some(drinking) => drinking.join().map_err(|_| "the TCP reader panicked")??,
+        let echoes = echo_client.join().map_err(|_| "the echo client panicked")??;
+        let tcp = match tcp_reader {
+            Some(tcp_reader) => tcp_reader.join().map_err(|_| "the TCP reader panicked")??,
             None => 0,
         };
         let sent = sending.join().map_err(|_| "the sender panicked")??;
@@ -182,9 +182,9 @@ async fn serve(
 }
 
 async fn send(connection: Connection, content: Bytes) {
-    while let Ok((mut stream, mut asked)) = connection.accept_bi().await {
+    while let Ok((mut stream, mut request)) = connection.accept_bi().await {
         let content = content.clone();
-        let mut left = match asked.read_to_end(1).await.as_deref() {
+        let mut left = match request.read_to_end(1).await.as_deref() {
             Ok(ENDLESS) => u64::MAX,
             _ => PIECE,
         };
@@ -214,13 +214,13 @@ async fn connect(
 async fn read_streams(connections: &[Connection], case: &LinkCase) -> Result<(Vec<u64>, Option<Duration>), BenchError> {
     let began = Instant::now();
     let counters: Vec<_> = connections.iter().map(|_| Arc::new(AtomicU64::new(0))).collect();
-    let (tell, mut told) = tokio::sync::mpsc::channel(1);
+    let (piece_sender, mut piece_receiver) = tokio::sync::mpsc::channel(1);
     for (connection, counter) in connections.iter().zip(&counters) {
         for _ in 0..case.streams {
-            let (mut asking, mut stream) = connection.open_bi().await?;
-            asking.write_all(ENDLESS).await?;
-            asking.finish()?;
-            let (counter, tell) = (Arc::clone(counter), tell.clone());
+            let (mut request_stream, mut stream) = connection.open_bi().await?;
+            request_stream.write_all(ENDLESS).await?;
+            request_stream.finish()?;
+            let (counter, piece_sender) = (Arc::clone(counter), piece_sender.clone());
             let first = Arc::ptr_eq(&counter, &counters[0]);
             tokio::spawn(async move {
                 let mut chunks = vec![Bytes::new(); 768];
@@ -230,7 +230,7 @@ async fn read_streams(connections: &[Connection], case: &LinkCase) -> Result<(Ve
                     let before = counter.fetch_add(bytes, Ordering::Relaxed);
                     if first && before < PIECE && before + bytes >= PIECE {
                         // The channel has room for the single message.
-                        let _ = tell.try_send(began.elapsed());
+                        let _ = piece_sender.try_send(began.elapsed());
                     }
                 }
             });
@@ -238,7 +238,7 @@ async fn read_streams(connections: &[Connection], case: &LinkCase) -> Result<(Ve
     }
     tokio::time::sleep_until((began + Duration::from_secs_f64(case.seconds)).into()).await;
     let received = counters.iter().map(|counter| counter.load(Ordering::Relaxed)).collect();
-    Ok((received, told.try_recv().ok()))
+    Ok((received, piece_receiver.try_recv().ok()))
 }
 
 /// Reads pieces with pauses between them, as an agent does that has several providers.
@@ -247,9 +247,9 @@ async fn read_pieces(connection: &Connection, case: &LinkCase) -> Result<(Vec<u6
     let mut took = Vec::new();
     while Instant::now() < until {
         let began = Instant::now();
-        let (mut asking, mut stream) = connection.open_bi().await?;
-        asking.write_all(ONE_PIECE).await?;
-        asking.finish()?;
+        let (mut request_stream, mut stream) = connection.open_bi().await?;
+        request_stream.write_all(ONE_PIECE).await?;
+        request_stream.finish()?;
         while stream.read_chunk(usize::MAX, true).await?.is_some() {}
         took.push(began.elapsed().as_secs_f64());
         tokio::time::sleep(PAUSE).await;

@@ -30,16 +30,16 @@ pub(super) struct ShapedLink {
 impl ShapedLink {
     /// Only the direction to the receiver is limited. Acknowledgements pass without a limit.
     pub(super) fn new(mbit_s: u32, queue_ms: u32) -> Result<Self, BenchError> {
-        let wire = Self { sender: namespace()?, receiver: namespace()?, switch: namespace()? };
+        let link = Self { sender: namespace()?, receiver: namespace()?, switch: namespace()? };
         let at = |namespace: &File| format!("/proc/{}/fd/{}", id(), namespace.as_raw_fd());
-        let ports = [("to-sender", &wire.sender, SENDER), ("to-receiver", &wire.receiver, RECEIVER)];
+        let ports = [("to-sender", &link.sender, SENDER), ("to-receiver", &link.receiver, RECEIVER)];
         let mut lines = vec!["link add name switch type bridge mcast_snooping 0".to_owned()];
         lines.push("link set dev switch addrgenmode none up".to_owned());
         for (port, namespace, _) in ports {
             lines.push(format!("link add name {port} type veth peer name wire netns {}", at(namespace)));
             lines.push(format!("link set dev {port} addrgenmode none master switch up"));
         }
-        within(&wire.switch, "ip", &lines)?;
+        within(&link.switch, "ip", &lines)?;
         for (_, namespace, address) in ports {
             // Sends packets one at a time, as on a wire. Otherwise the kernel carries the bytes of
             // a system call as a single packet of 64 KiB.
@@ -50,8 +50,8 @@ impl ShapedLink {
             within(namespace, "ip", &lines)?;
         }
         let shape = format!("qdisc add dev to-receiver root tbf rate {mbit_s}mbit burst 64kb latency {queue_ms}ms");
-        within(&wire.switch, "tc", &[shape])?;
-        Ok(wire)
+        within(&link.switch, "tc", &[shape])?;
+        Ok(link)
     }
 }
 

@@ -73,14 +73,14 @@ impl TestAdminServer {
 
 /// The limit is shorter than the life of a connection, so no permit is released by the end of that
 /// life.
-async fn within<T>(test: impl Future<Output = T>) -> T {
+async fn with_deadline<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(20), test).await.expect("the test is stuck")
 }
 
 #[tokio::test]
 async fn three_hundred_idle_connections_of_a_pod_do_not_delay_a_probe_of_the_node() {
     let port = TestAdminServer::open().await;
-    within(async {
+    with_deadline(async {
         let mut idle = Vec::new();
         for _ in 0..300 {
             idle.push(port.connect(2).await);
@@ -96,7 +96,7 @@ async fn three_hundred_idle_connections_of_a_pod_do_not_delay_a_probe_of_the_nod
 #[tokio::test]
 async fn idle_connections_of_many_pods_do_not_delay_a_probe_of_the_node() {
     let port = TestAdminServer::open().await;
-    within(async {
+    with_deadline(async {
         let mut idle = Vec::new();
         for last in 2..=33 {
             for _ in 0..10 {
@@ -113,7 +113,7 @@ async fn idle_connections_of_many_pods_do_not_delay_a_probe_of_the_node() {
 #[tokio::test]
 async fn a_closed_connection_makes_room_for_another_of_its_address() {
     let port = TestAdminServer::open().await;
-    within(async {
+    with_deadline(async {
         let mut idle = Vec::new();
         for _ in 0..LIMITS.address {
             idle.push(port.connect(2).await);
@@ -128,7 +128,7 @@ async fn a_closed_connection_makes_room_for_another_of_its_address() {
 
 /// Under a paused clock, time passes only when no task can proceed.
 #[tokio::test(start_paused = true)]
-async fn a_head_that_comes_byte_by_byte_ends_its_connection() {
+async fn a_head_that_arrives_byte_by_byte_ends_its_connection() {
     let port = TestAdminServer::open().await;
     let mut stream = port.connect(2).await;
     let mut seconds = 0;

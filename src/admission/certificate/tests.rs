@@ -77,7 +77,7 @@ fn rejection_of(params: CertificateParams, signer: &Issuer, authority: &Issuer) 
     let (folder, key) = (tempfile::tempdir().unwrap(), KeyPair::generate().unwrap());
     let files = files(&folder, &signer.issue(params, &key), &key, authority);
     match CertificateAdmission::open(files, peer(1)) {
-        Err(CertificateFilesError::Rejected(flaw)) => flaw,
+        Err(CertificateFilesError::Rejected(rejection)) => rejection,
         other => panic!("{:?}", other.map(drop)),
     }
 }
@@ -121,31 +121,31 @@ fn every_usual_kind_of_key_and_either_purpose_is_accepted() {
 #[test]
 fn another_authority_another_name_and_an_expired_certificate_are_rejected() {
     let authority = Issuer::root();
-    let flaw = rejection_of(for_name("lighterman"), &Issuer::root(), &authority);
-    assert!(matches!(flaw, CertificateRejection::Chain(_)), "{flaw}");
+    let rejection = rejection_of(for_name("lighterman"), &Issuer::root(), &authority);
+    assert!(matches!(rejection, CertificateRejection::Chain(_)), "{rejection}");
     assert_eq!(rejection_of(for_name("web.shop.svc"), &authority, &authority), CertificateRejection::Name);
-    let mut over = for_name("lighterman");
-    (over.not_before, over.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
-    assert_eq!(rejection_of(over, &authority, &authority), CertificateRejection::Chain("a certificate has expired"));
+    let mut expired = for_name("lighterman");
+    (expired.not_before, expired.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+    assert_eq!(rejection_of(expired, &authority, &authority), CertificateRejection::Chain("a certificate has expired"));
 }
 
 #[test]
 fn a_statement_is_rejected_after_an_hour_and_before_its_time() {
     let authority = Issuer::root();
     let (_folder, agent) = agent(&authority, 1);
-    let material = agent.signed_credential();
+    let signed = agent.signed_credential();
     let at = |seconds: i64| {
-        let now = Duration::from_secs(material.issued.as_secs().strict_add_signed(seconds));
-        verify(material.credential.expose(), peer(1), &material.authority, now)
+        let now = Duration::from_secs(signed.issued.as_secs().strict_add_signed(seconds));
+        verify(signed.credential.expose(), peer(1), &signed.authority, now)
     };
     assert!(at(3660).is_ok() && at(-60).is_ok(), "clocks may differ by a minute");
     assert_eq!(at(3661), Err(CertificateRejection::Expired));
     assert_eq!(at(-62), Err(CertificateRejection::TooEarly));
     // A changed time invalidates the signature.
-    let later = material.issued.as_secs() + 3600;
-    let text = material.credential.expose().replacen(&material.issued.as_secs().to_string(), &later.to_string(), 1);
+    let later = signed.issued.as_secs() + 3600;
+    let text = signed.credential.expose().replacen(&signed.issued.as_secs().to_string(), &later.to_string(), 1);
     let later = Duration::from_secs(later);
-    assert_eq!(verify(&text, peer(1), &material.authority, later), Err(CertificateRejection::Signature));
+    assert_eq!(verify(&text, peer(1), &signed.authority, later), Err(CertificateRejection::Signature));
 }
 
 #[test]
@@ -155,11 +155,11 @@ fn a_chain_is_bounded() {
     for _ in 0..3 {
         issuers.push(issuers.last().unwrap().below());
     }
-    let open = |above: &[Issuer]| {
+    let open = |intermediates: &[Issuer]| {
         let folder = tempfile::tempdir().unwrap();
-        let own = above.last().unwrap().issue(for_name("lighterman"), &key);
-        let chain: String = above.iter().rev().map(|issuer| issuer.certificate.pem()).collect();
-        CertificateAdmission::open(files(&folder, &(own + &chain), &key, &root), peer(1))
+        let leaf = intermediates.last().unwrap().issue(for_name("lighterman"), &key);
+        let chain: String = intermediates.iter().rev().map(|issuer| issuer.certificate.pem()).collect();
+        CertificateAdmission::open(files(&folder, &(leaf + &chain), &key, &root), peer(1))
     };
     open(&issuers[..3]).unwrap();
     assert!(matches!(open(&issuers), Err(CertificateFilesError::Rejected(CertificateRejection::TooLong))));
@@ -201,8 +201,8 @@ fn a_key_that_others_can_read_is_not_used_and_the_error_names_a_bad_file() {
     let open = || CertificateAdmission::open(files.clone(), peer(1)).map(drop).unwrap_err();
     assert!(matches!(open(), CertificateFilesError::Exposed { mode: 0o640, .. }));
     write(&files.key, "no key");
-    let said = open().to_string();
-    assert!(said.contains("tls.key") && !said.contains("no key:"), "{said}");
+    let message = open().to_string();
+    assert!(message.contains("tls.key") && !message.contains("no key:"), "{message}");
     std::fs::remove_file(folder.path().join("ca.crt")).unwrap();
     assert!(matches!(open(), CertificateFilesError::Io { path, .. } if path == files.authority));
 }
@@ -211,19 +211,19 @@ fn a_key_that_others_can_read_is_not_used_and_the_error_names_a_bad_file() {
 async fn a_replaced_certificate_is_used_and_a_wrong_certificate_is_not() {
     let authority = Issuer::root();
     let (folder, agent) = agent(&authority, 1);
-    let (first, renewed) = (agent.credential().await.unwrap(), agent.credential_changes());
+    let (first, changes) = (agent.credential().await.unwrap(), agent.credential_changes());
     agent.reload(now()).unwrap();
-    assert!(!renewed.has_changed().unwrap(), "the files are unchanged");
+    assert!(!changes.has_changed().unwrap(), "the files are unchanged");
     let key = KeyPair::generate().unwrap();
     write(&folder.path().join("tls.key"), &key.serialize_pem());
     assert!(
         matches!(agent.reload(now()), Err(CertificateFilesError::Rejected(CertificateRejection::Signature))),
         "the key is new and the certificate old"
     );
-    assert!(!renewed.has_changed().unwrap() && agent.credential().await.unwrap() == first);
+    assert!(!changes.has_changed().unwrap() && agent.credential().await.unwrap() == first);
     write(&folder.path().join("tls.crt"), &authority.issue(for_name("lighterman"), &key));
     agent.reload(now()).unwrap();
-    assert!(renewed.has_changed().unwrap() && agent.credential().await.unwrap() != first);
+    assert!(changes.has_changed().unwrap() && agent.credential().await.unwrap() != first);
     let second = agent.credential().await.unwrap();
     agent.reload(now() + RESIGN_AFTER).unwrap();
     assert_ne!(agent.credential().await.unwrap(), second, "the statement is renewed in time");

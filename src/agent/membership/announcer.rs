@@ -66,7 +66,7 @@ impl Announcer {
         metrics: Metrics,
         ready: watch::Sender<bool>,
         volatile_items: VolatileItems,
-        names: watch::Sender<RecordTargets>,
+        record_targets: watch::Sender<RecordTargets>,
         status: watch::Sender<Option<ImagesStatus>>,
     ) -> Self {
         let VolatileItems { outages, fetching } = volatile_items;
@@ -77,7 +77,7 @@ impl Announcer {
             ready,
             outages,
             fetching,
-            record_targets: names,
+            record_targets,
             status,
             scanner: ImageScanner::default(),
         }
@@ -92,10 +92,10 @@ impl Announcer {
             self.outages.mark_unchanged();
             self.fetching.mark_unchanged();
             let wait = match self.list_items().await {
-                Ok(held) => {
+                Ok(items) => {
                     self.ready.send_replace(true);
-                    self.announce(&announced, &held).await;
-                    announced = held;
+                    self.announce(&announced, &items).await;
+                    announced = items;
                     LIST_PERIOD
                 }
                 Err(error) => {
@@ -149,15 +149,15 @@ impl Announcer {
     /// so the blob is announced by then.
     async fn announce_downloads(&mut self, announced: &mut BTreeSet<InventoryItem>) {
         let fetching: Vec<_> = self.fetching.borrow_and_update().iter().copied().map(InventoryItem::Fetching).collect();
-        let mut held = announced.clone();
-        held.extend(fetching);
-        self.announce(announced, &held).await;
-        *announced = held;
+        let mut items = announced.clone();
+        items.extend(fetching);
+        self.announce(announced, &items).await;
+        *announced = items;
     }
 
-    async fn announce(&self, announced: &BTreeSet<InventoryItem>, held: &BTreeSet<InventoryItem>) {
-        self.metrics.items_announced(held.len());
-        let changes = changes_between(announced, held);
+    async fn announce(&self, announced: &BTreeSet<InventoryItem>, items: &BTreeSet<InventoryItem>) {
+        self.metrics.items_announced(items.len());
+        let changes = changes_between(announced, items);
         if !changes.is_empty() {
             self.mesh.announce(changes).await;
         }
@@ -172,25 +172,25 @@ fn announceable_items(
     fetching: BTreeSet<InventoryItem>,
 ) -> BTreeSet<InventoryItem> {
     let ImageScan { names, damaged, incomplete: _, reasons: _ } = scan;
-    let sound = blobs.iter().map(|blob| blob.digest).filter(|digest| !damaged.contains(digest));
-    let mut held: BTreeSet<_> = sound.map(InventoryItem::Blob).collect();
-    held.extend(names);
-    held.extend(outages.iter().cloned().map(InventoryItem::Outage));
-    held.extend(fetching);
-    if held.len() > MAX_ITEMS {
+    let undamaged = blobs.iter().map(|blob| blob.digest).filter(|digest| !damaged.contains(digest));
+    let mut items: BTreeSet<_> = undamaged.map(InventoryItem::Blob).collect();
+    items.extend(names);
+    items.extend(outages.iter().cloned().map(InventoryItem::Outage));
+    items.extend(fetching);
+    if items.len() > MAX_ITEMS {
         tracing::warn!(
-            items = held.len(),
+            items = items.len(),
             limit = MAX_ITEMS,
             "this node holds more than may be announced; some blobs are not announced"
         );
         // Blobs come first in the order and are dropped first.
-        held = held.into_iter().rev().take(MAX_ITEMS).collect();
+        items = items.into_iter().rev().take(MAX_ITEMS).collect();
     }
-    held
+    items
 }
 
 /// The removals and additions that turn the earlier announcements into the current list.
-fn changes_between(announced: &BTreeSet<InventoryItem>, held: &BTreeSet<InventoryItem>) -> Vec<InventoryChange> {
-    let gone = announced.difference(held).cloned().map(InventoryChange::Removed);
-    gone.chain(held.difference(announced).cloned().map(InventoryChange::Added)).collect()
+fn changes_between(announced: &BTreeSet<InventoryItem>, items: &BTreeSet<InventoryItem>) -> Vec<InventoryChange> {
+    let removed = announced.difference(items).cloned().map(InventoryChange::Removed);
+    removed.chain(items.difference(announced).cloned().map(InventoryChange::Added)).collect()
 }

@@ -56,7 +56,7 @@ impl ClockWatch {
         let change = skew.record_sample(&sample, Instant::now().into_std(), rand::random());
         self.publish(skew, sample.received);
         match change {
-            Some(ClockChange::Skewed(seconds)) => *pending_report = Some((self.too_far(seconds), 0)),
+            Some(ClockChange::Skewed(seconds)) => *pending_report = Some((self.report_skew(seconds), 0)),
             Some(ClockChange::Corrected) => {
                 *pending_report = None;
                 tracing::info!(node = %self.node, "the node's clock is right again");
@@ -83,7 +83,7 @@ impl ClockWatch {
         self.status.send_replace(Some(ClockStatus { ahead_seconds, too_far, measured: received.as_secs() }));
     }
 
-    fn too_far(&self, seconds: f64) -> NodeReport {
+    fn report_skew(&self, seconds: f64) -> NodeReport {
         let side = if seconds > 0.0 { "ahead of" } else { "behind" };
         let (off, leeway) = (seconds.abs().round(), LEEWAY.as_secs());
         tracing::warn!(
@@ -139,40 +139,40 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_wrong_clock_is_reported_once_on_the_node_and_shown_until_it_is_right() {
-        let watched = start(MemoryCluster::default());
+        let test_node = start(MemoryCluster::default());
         tokio::time::sleep(HOUR).await;
-        assert_eq!((watched.skew(), watched.cluster.node_reports().len()), ((0, false), 0));
-        watched.cluster.set_clocks_ahead(90);
+        assert_eq!((test_node.skew(), test_node.cluster.node_reports().len()), ((0, false), 0));
+        test_node.cluster.set_clocks_ahead(90);
         tokio::time::sleep(3 * HOUR).await;
-        let (ahead, too_far) = watched.skew();
+        let (ahead, too_far) = test_node.skew();
         assert!((88..=90).contains(&ahead) && too_far, "{ahead}");
-        assert!(watched.has_metric(&format!("lighterman_clock_skew_seconds {ahead}")));
-        let reports = watched.cluster.node_reports();
+        assert!(test_node.has_metric(&format!("lighterman_clock_skew_seconds {ahead}")));
+        let reports = test_node.cluster.node_reports();
         assert_eq!(reports.len(), 1, "{reports:?}");
         assert_eq!(reports[0].kind, NodeReportKind::ClockSkew);
         assert!(reports[0].note.contains("s ahead of the API server's"), "{}", reports[0].note);
-        watched.cluster.set_clocks_ahead(0);
+        test_node.cluster.set_clocks_ahead(0);
         tokio::time::sleep(HOUR).await;
-        assert_eq!(watched.skew(), (0, false));
-        watched.cluster.set_clocks_ahead(-3600);
+        assert_eq!(test_node.skew(), (0, false));
+        test_node.cluster.set_clocks_ahead(-3600);
         tokio::time::sleep(HOUR).await;
-        assert_eq!(watched.cluster.node_reports().len(), 2);
-        watched.stop.cancel();
+        assert_eq!(test_node.cluster.node_reports().len(), 2);
+        test_node.stop.cancel();
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_clock_that_cannot_be_compared_keeps_the_last_result() {
-        let watched = start(MemoryCluster::default());
-        watched.cluster.set_unavailable(true);
+        let test_node = start(MemoryCluster::default());
+        test_node.cluster.set_unavailable(true);
         tokio::time::sleep(HOUR).await;
-        assert_eq!(*watched.status.borrow(), None);
-        watched.cluster.set_clocks_ahead(-90);
-        watched.cluster.set_unavailable(false);
+        assert_eq!(*test_node.status.borrow(), None);
+        test_node.cluster.set_clocks_ahead(-90);
+        test_node.cluster.set_unavailable(false);
         tokio::time::sleep(HOUR).await;
-        assert!(watched.skew().1);
-        watched.cluster.set_unavailable(true);
+        assert!(test_node.skew().1);
+        test_node.cluster.set_unavailable(true);
         tokio::time::sleep(HOUR).await;
-        assert!(watched.skew().1);
-        watched.stop.cancel();
+        assert!(test_node.skew().1);
+        test_node.stop.cancel();
     }
 }

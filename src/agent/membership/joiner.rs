@@ -56,7 +56,7 @@ const START_DELAY_PER_ADDRESS: Duration = Duration::from_millis(4);
 
 /// A peer without a connection for this long is forgotten: its node is gone, or dials this agent
 /// again. Longer than a node's restart.
-const FORGET_AFTER: Duration = Duration::from_secs(600);
+const REMOVE_AFTER: Duration = Duration::from_secs(600);
 
 /// Interval of the mesh's metrics, a usual scrape interval of Prometheus.
 const COUNT_PERIOD: Duration = Duration::from_secs(15);
@@ -99,18 +99,18 @@ impl Joiner {
     /// the events of the mesh.
     pub async fn run(
         self,
-        mut joined: mpsc::Receiver<Peer>,
-        mut news: mpsc::Receiver<MembershipEvent>,
+        mut admitted_peers: mpsc::Receiver<Peer>,
+        mut mesh_events: mpsc::Receiver<MembershipEvent>,
         stop: CancellationToken,
     ) {
         let began = Instant::now();
-        let mut memory = JoinState::new(self.peers_file.clone());
+        let mut state = JoinState::new(self.peers_file.clone());
         let mut dials = FuturesUnordered::new();
-        let earlier = memory.address_book.addresses();
-        let mut quiet_until = began + start_delay(earlier.len());
-        memory.dial_queue.insert_hints(earlier);
-        let mut is_first = true;
-        let mut looking_up = FuturesUnordered::new();
+        let saved_addresses = state.address_book.addresses();
+        let mut quiet_until = began + start_delay(saved_addresses.len());
+        state.dial_queue.insert_hints(saved_addresses);
+        let mut is_first_lookup = true;
+        let mut lookups = FuturesUnordered::new();
         let mut retry = began + RETRY_PERIOD;
         let counting = self.read_mesh_status(Duration::ZERO);
         tokio::pin!(counting);
@@ -118,56 +118,56 @@ impl Joiner {
         loop {
             let is_quiet = Instant::now() < quiet_until;
             while dials.len() < MAX_DIALS && !is_quiet {
-                let Some(target) = memory.dial_queue.start_next() else { break };
+                let Some(target) = state.dial_queue.start_next() else { break };
                 let transfer = &self.transfer;
                 dials.push(transfer.dial(target.address, target.expected_peer).map(move |dialed| (target, dialed)));
             }
-            let due = memory.membership_log.due();
-            let look_up = memory.next_lookup_at(Instant::now());
+            let due = state.membership_log.due();
+            let look_up = state.next_lookup_at(Instant::now());
             tokio::select! {
                 () = stop.cancelled() => break,
-                Some(peer) = joined.recv() => self.admit(peer).await,
-                Some(news) = news.recv() => self.on_mesh_event(news, &mut memory).await,
-                Some((call, greeted)) = dials.next() => self.on_dial_ended(call, greeted, &mut memory).await,
-                () = sleep_until(look_up), if looking_up.is_empty() => looking_up.push(self.look_up()),
-                Some(listed) = looking_up.next() => {
-                    memory.on_looked_up(listed, Instant::now());
-                    self.bootstrap_addresses.send_replace(memory.bootstrap_addresses.clone());
-                    let unknown = self.unconnected_addresses(&memory);
-                    if std::mem::take(&mut is_first) {
-                        quiet_until = quiet_until.max(Instant::now() + start_delay(unknown.len()));
+                Some(peer) = admitted_peers.recv() => self.admit(peer).await,
+                Some(event) = mesh_events.recv() => self.on_mesh_event(event, &mut state).await,
+                Some((target, dialed)) = dials.next() => self.on_dial_ended(target, dialed, &mut state).await,
+                () = sleep_until(look_up), if lookups.is_empty() => lookups.push(self.look_up()),
+                Some(addresses) = lookups.next() => {
+                    state.on_looked_up(addresses, Instant::now());
+                    self.bootstrap_addresses.send_replace(state.bootstrap_addresses.clone());
+                    let unconnected = self.unconnected_addresses(&state);
+                    if std::mem::take(&mut is_first_lookup) {
+                        quiet_until = quiet_until.max(Instant::now() + start_delay(unconnected.len()));
                     }
-                    memory.begin_round(unknown);
+                    state.begin_round(unconnected);
                 }
                 () = sleep_until(retry) => {
-                    if memory.lookup_schedule.is_short() {
-                        let unknown = self.unconnected_addresses(&memory);
-                        memory.begin_round(unknown);
+                    if state.lookup_schedule.is_short() {
+                        let unconnected = self.unconnected_addresses(&state);
+                        state.begin_round(unconnected);
                     }
-                    self.forget_dead_peers(&mut memory.last_seen, Instant::now()).await;
+                    self.remove_dead_peers(&mut state.last_seen, Instant::now()).await;
                     retry = Instant::now() + RETRY_PERIOD;
                 }
                 status = &mut counting => {
                     self.metrics.mesh_counted(&status);
-                    memory.warn_of_overflow(&status);
-                    memory.releases = member_releases(&status);
+                    state.warn_of_overflow(&status);
+                    state.releases = member_releases(&status);
                     counts += 1;
                     if counts % COUNTS_PER_SAVE == 0 {
-                        self.save_address_book(&mut memory);
+                        self.save_address_book(&mut state);
                     }
                     counting.set(self.read_mesh_status(COUNT_PERIOD));
                 }
                 () = sleep_until(quiet_until), if is_quiet => {}
-                () = sleep_until(due.unwrap_or(began)), if due.is_some() => memory.membership_log.write_summary(),
+                () = sleep_until(due.unwrap_or(began)), if due.is_some() => state.membership_log.write_summary(),
             }
         }
-        if let Some(writing) = memory.save_task.take() {
+        if let Some(save_task) = state.save_task.take() {
             // One write at a time.
-            let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, writing).await;
+            let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, save_task).await;
         }
-        self.save_address_book(&mut memory);
-        if let Some(writing) = memory.save_task.take() {
-            let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, writing).await;
+        self.save_address_book(&mut state);
+        if let Some(save_task) = state.save_task.take() {
+            let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, save_task).await;
         }
     }
 
@@ -176,8 +176,8 @@ impl Joiner {
     async fn look_up(&self) -> Option<Vec<SocketAddr>> {
         let (mut addresses, mut is_answered) = (BTreeSet::new(), false);
         let (resolv_conf, port) = (self.resolver.resolv_conf(), self.transfer.local_addr().port());
-        for seed in &self.bootstrap_names {
-            let resolved = self.resolver.resolve(&dns::qualified_name(seed, &resolv_conf)).await;
+        for bootstrap_name in &self.bootstrap_names {
+            let resolved = self.resolver.resolve(&dns::qualified_name(bootstrap_name, &resolv_conf)).await;
             self.metrics.names_looked_up(resolved.is_some());
             is_answered |= resolved.is_some();
             addresses.extend(resolved.unwrap_or_default());
@@ -194,26 +194,26 @@ impl Joiner {
     }
 
     async fn admit(&self, peer: Peer) {
-        let life = self.transfer.admitted_for(peer.id).min(MAX_ADMISSION);
-        self.mesh.admit(peer, life).await;
+        let validity = self.transfer.admitted_for(peer.id).min(MAX_ADMISSION);
+        self.mesh.admit(peer, validity).await;
     }
 
-    async fn on_mesh_event(&self, news: MembershipEvent, memory: &mut JoinState) {
-        match news {
+    async fn on_mesh_event(&self, event: MembershipEvent, state: &mut JoinState) {
+        match event {
             MembershipEvent::Up(peer) => {
                 self.transfer.add_peer_address(&peer);
                 // The mesh also reports a peer that moved, which is no new peer.
-                if memory.live_peers.insert(peer.id) {
-                    memory.membership_log.peer_up(&peer, Instant::now());
+                if state.live_peers.insert(peer.id) {
+                    state.membership_log.peer_up(&peer, Instant::now());
                 }
             }
             MembershipEvent::Down(peer) => {
-                memory.live_peers.remove(&peer);
+                state.live_peers.remove(&peer);
                 let known = self.transfer.peer(peer);
-                memory.membership_log.peer_down(peer, known.as_ref().map(|known| &known.node), Instant::now());
+                state.membership_log.peer_down(peer, known.as_ref().map(|known| &known.node), Instant::now());
             }
             MembershipEvent::Handshake(peer) => {
-                if !memory.dial_queue.insert_requested(peer.id, peer.transfer) {
+                if !state.dial_queue.insert_requested(peer.id, peer.transfer) {
                     self.mesh.report_rejection(peer.id).await;
                 }
             }
@@ -222,46 +222,47 @@ impl Joiner {
         self.metrics.peers_connected(self.inventory.peer_count());
     }
 
-    async fn on_dial_ended(&self, target: DialTarget, dialed: Result<Peer, DialError>, memory: &mut JoinState) {
-        memory.dial_queue.finish(target, dialed.is_ok());
+    async fn on_dial_ended(&self, target: DialTarget, dialed: Result<Peer, DialError>, state: &mut JoinState) {
+        state.dial_queue.finish(target, dialed.is_ok());
         let is_silent = dialed.as_ref().is_err_and(DialError::is_silence);
         match dialed {
             Ok(peer) => {
-                memory.logged_failures.remove(&target.address);
-                memory.peers_by_address.insert(target.address, peer.id);
+                state.logged_failures.remove(&target.address);
+                state.peers_by_address.insert(target.address, peer.id);
                 return self.admit(peer).await;
             }
-            Err(DialError::OwnAddress(_)) => drop(memory.own_addresses.insert(target.address)),
+            Err(DialError::OwnAddress(_)) => drop(state.own_addresses.insert(target.address)),
             Err(error) => {
                 // One line per address and reason: a node that is down would fill the log.
                 let reason = error.to_string();
-                if memory.logged_failures.get(&target.address) != Some(&reason) {
+                if state.logged_failures.get(&target.address) != Some(&reason) {
                     tracing::info!(address = %target.address, %error, "no peer there yet");
-                    memory.logged_failures.insert(target.address, reason);
+                    state.logged_failures.insert(target.address, reason);
                 }
             }
         }
         match target.expected_peer {
-            Some(meant) if is_silent => self.mesh.report_unreachable(meant).await,
-            Some(meant) => self.mesh.report_rejection(meant).await,
+            Some(expected_peer) if is_silent => self.mesh.report_unreachable(expected_peer).await,
+            Some(expected_peer) => self.mesh.report_rejection(expected_peer).await,
             None => {}
         }
     }
 
     /// Addresses of the last look-up without a live peer, and without this agent's own addresses.
-    fn unconnected_addresses(&self, memory: &JoinState) -> Vec<SocketAddr> {
-        let mut addresses = memory.bootstrap_addresses.clone();
-        let up: BTreeMap<_, _> = self.inventory.peers().into_iter().map(|peer| (peer.id, peer.transfer)).collect();
-        let taken: BTreeSet<_> = up.values().copied().collect();
+    fn unconnected_addresses(&self, state: &JoinState) -> Vec<SocketAddr> {
+        let mut addresses = state.bootstrap_addresses.clone();
+        let connected: BTreeMap<_, _> =
+            self.inventory.peers().into_iter().map(|peer| (peer.id, peer.transfer)).collect();
+        let connected_addresses: BTreeSet<_> = connected.values().copied().collect();
         addresses.retain(|address| {
-            let is_met = memory.peers_by_address.get(address).is_some_and(|peer| up.contains_key(peer));
-            !is_met && !taken.contains(address) && !memory.own_addresses.contains(address)
+            let is_connected = state.peers_by_address.get(address).is_some_and(|peer| connected.contains_key(peer));
+            !is_connected && !connected_addresses.contains(address) && !state.own_addresses.contains(address)
         });
         addresses
     }
 
     /// Forgets peers that were not connected for [`FORGET_AFTER`].
-    async fn forget_dead_peers(&self, last_seen: &mut BTreeMap<PeerId, Instant>, now: Instant) {
+    async fn remove_dead_peers(&self, last_seen: &mut BTreeMap<PeerId, Instant>, now: Instant) {
         let connected: BTreeSet<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
         let known: BTreeSet<_> = self.transfer.peers().into_iter().map(|peer| peer.id).collect();
         last_seen.retain(|peer, _| known.contains(peer));
@@ -269,8 +270,8 @@ impl Joiner {
             let seen = last_seen.entry(peer).or_insert(now);
             if connected.contains(&peer) {
                 *seen = now;
-            } else if now.duration_since(*seen) > FORGET_AFTER {
-                tracing::info!(%peer, "peer not connected for {} min, forgotten", FORGET_AFTER.as_secs() / 60);
+            } else if now.duration_since(*seen) > REMOVE_AFTER {
+                tracing::info!(%peer, "peer not connected for {} min, forgotten", REMOVE_AFTER.as_secs() / 60);
                 self.mesh.revoke_admission(peer).await;
                 self.transfer.remove_peer(peer);
             }
@@ -278,18 +279,19 @@ impl Joiner {
     }
 
     /// Updates the address book. A task writes the file, one write at a time.
-    fn save_address_book(&self, memory: &mut JoinState) {
-        match memory.save_task.take_if(|writing| writing.is_finished()).map(FutureExt::now_or_never) {
+    fn save_address_book(&self, state: &mut JoinState) {
+        match state.save_task.take_if(|task| task.is_finished()).map(FutureExt::now_or_never) {
             Some(Some(Ok(true))) => {}
-            Some(_) => memory.address_book.mark_unwritten(),
-            None if memory.save_task.is_some() => return,
+            Some(_) => state.address_book.mark_unwritten(),
+            None if state.save_task.is_some() => return,
             None => {}
         }
         let now = address_book::now();
-        let release = |peer: &Peer| memory.releases.get(&peer.id.to_string()).cloned();
-        let alive = self.inventory.peers().into_iter().map(|peer| KnownPeer::new(&peer, release(&peer), now)).collect();
-        if let Some((path, text)) = memory.address_book.update(alive) {
-            memory.save_task = Some(spawn_blocking(move || address_book::write_file(&path, &text)));
+        let release = |peer: &Peer| state.releases.get(&peer.id.to_string()).cloned();
+        let live_peers =
+            self.inventory.peers().into_iter().map(|peer| KnownPeer::new(&peer, release(&peer), now)).collect();
+        if let Some((path, text)) = state.address_book.update(live_peers) {
+            state.save_task = Some(spawn_blocking(move || address_book::write_file(&path, &text)));
         }
     }
 }
@@ -302,9 +304,9 @@ fn is_own_address(address: SocketAddr, port: u16) -> bool {
 
 /// Delay of the first dials to so many addresses.
 fn start_delay(addresses: usize) -> Duration {
-    let most =
+    let max_delay =
         START_DELAY_PER_ADDRESS.saturating_mul(u32::try_from(addresses).unwrap_or(u32::MAX)).min(MAX_START_DELAY);
-    most.mul_f64(rand::random())
+    max_delay.mul_f64(rand::random())
 }
 
 /// The release of each member, by PeerId.

@@ -45,7 +45,7 @@ impl SharedKeyWatch {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut logged_node = None;
         loop {
-            let found = stop.run_until_cancelled(self.next_finding());
+            let found = stop.run_until_cancelled(self.next_other_node());
             let Some(other) = found.await else { return };
             match stop.run_until_cancelled(self.decide_key(&other, &mut logged_node)).await {
                 None | Some(Ok(KeyDecision::Replaced)) => return,
@@ -59,14 +59,14 @@ impl SharedKeyWatch {
     }
 
     /// The next finding. Both senders live as long as the agent.
-    async fn next_finding(&mut self) -> NodeName {
+    async fn next_other_node(&mut self) -> NodeName {
         loop {
-            let found = tokio::select! {
+            let reported_node = tokio::select! {
                 Ok(()) = self.connected.changed() => self.connected.borrow_and_update().clone(),
                 Ok(()) = self.introduced.changed() => self.introduced.borrow_and_update().clone(),
                 else => std::future::pending().await,
             };
-            if let Some(node) = found {
+            if let Some(node) = reported_node {
                 return node;
             }
         }
@@ -78,12 +78,12 @@ impl SharedKeyWatch {
         other: &NodeName,
         logged_node: &mut Option<NodeName>,
     ) -> Result<KeyDecision, ClusterError> {
-        let holder = async |node: &NodeName| {
+        let key_owner = async |node: &NodeName| {
             let created = self.cluster.node_created(node).await?;
             Ok::<_, ClusterError>(KeyOwner { node: node.clone(), created })
         };
-        let own = holder(&self.node).await?;
-        let other = match holder(other).await {
+        let own = key_owner(&self.node).await?;
+        let other = match key_owner(other).await {
             Ok(other) => other,
             // An introduction of this agent from before a rename of the node, or a thief of the
             // key.
@@ -110,13 +110,13 @@ impl SharedKeyWatch {
             }
             return Ok(KeyDecision::Keep);
         }
-        let made = Identity::replace(&self.key_file, &self.node).map_err(|error| {
+        let new_identity = Identity::replace(&self.key_file, &self.node).map_err(|error| {
             tracing::error!(%error, "another node has the key of this node, and a new key cannot be written");
             ClusterError::Other(error.to_string())
         })?;
         tracing::warn!(
             other = %other.node,
-            peer = %made.peer_id(),
+            peer = %new_identity.peer_id(),
             "another node has the key of this node, as after a copy of its disk; this node is younger and has a new \
              key; its agent restarts"
         );
@@ -158,12 +158,12 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let (key_file, node) = (folder.path().join("identity.key"), node.parse().unwrap());
             Identity::load_or_create_for_node(&key_file, &node).unwrap();
-            let ((finds, connected), (introduced_in, introduced)) = (watch::channel(None), watch::channel(None));
+            let ((connected_in, connected), (introduced_in, introduced)) = (watch::channel(None), watch::channel(None));
             let cluster = Arc::new(cluster.clone());
             let stop = CancellationToken::new();
             let watch = SharedKeyWatch { cluster, node, key_file, connected, introduced };
             let running = tokio::spawn(watch.run(stop.clone()));
-            Self { folder, connected: finds, _introduced: introduced_in, stop, running }
+            Self { folder, connected: connected_in, _introduced: introduced_in, stop, running }
         }
 
         fn key(&self) -> PeerId {
@@ -218,12 +218,12 @@ mod tests {
     async fn a_name_that_is_no_node_changes_no_key() {
         let cluster = MemoryCluster::default();
         cluster.put_node("here".parse().unwrap(), 200);
-        let here = KeyTestNode::start(&cluster, "here");
-        let before = here.key();
-        here.report_key_on("before-the-rename");
+        let test_node = KeyTestNode::start(&cluster, "here");
+        let before = test_node.key();
+        test_node.report_key_on("before-the-rename");
         tokio::time::sleep(Duration::from_secs(600)).await;
-        assert!(!here.running.is_finished() && here.key() == before);
-        here.stop.cancel();
-        here.running.await.unwrap();
+        assert!(!test_node.running.is_finished() && test_node.key() == before);
+        test_node.stop.cancel();
+        test_node.running.await.unwrap();
     }
 }

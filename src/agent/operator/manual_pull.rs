@@ -101,9 +101,9 @@ impl ManualPuller {
         let inventory = &self.recoverer.resolver.inventory;
         let request = RecoveryRequest::from(reference.clone());
         let resolved = match stop.run_until_cancelled(self.recoverer.find(&request)).await {
-            Some(Ok(ResolvedImage { digest: root, providers, tag_note: _ })) => {
+            Some(Ok(ResolvedImage { digest, providers, tag_note: _ })) => {
                 let (providers, more_providers) = node_names(inventory, providers);
-                PullProgress::Resolved { digest: root.to_string(), providers, more_providers }
+                PullProgress::Resolved { digest: digest.to_string(), providers, more_providers }
             }
             Some(Err(error)) => {
                 self.metrics.recovery_started();
@@ -145,14 +145,14 @@ impl ManualPuller {
         tokio::pin!(recovery);
         let mut interval = tokio::time::interval(REPORT_INTERVAL);
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut before = ReportedProgress::default();
+        let mut last_report = ReportedProgress::default();
         loop {
             tokio::select! {
                 result = &mut recovery => {
-                    report(progress, &mut before, reports);
+                    report(progress, &mut last_report, reports);
                     return result;
                 }
-                _ = interval.tick() => report(progress, &mut before, reports),
+                _ = interval.tick() => report(progress, &mut last_report, reports),
             }
         }
     }
@@ -167,20 +167,20 @@ struct ReportedProgress {
 
 /// Reports the changes since `before`. A report that the full channel refuses is dropped, because
 /// the next report is more recent.
-fn report(progress: &Progress, before: &mut ReportedProgress, reports: &mpsc::Sender<PullProgress>) {
+fn report(progress: &Progress, last_report: &mut ReportedProgress, reports: &mpsc::Sender<PullProgress>) {
     let blobs = progress.blobs();
     if !blobs.is_empty() {
         let (done, total) = progress.byte_totals();
-        if before.bytes.is_none() {
+        if last_report.bytes.is_none() {
             let _ = reports.try_send(PullProgress::Planned { missing_bytes: total, missing_blobs: blobs.len() });
         }
-        if before.bytes.replace(done) != Some(done) {
+        if last_report.bytes.replace(done) != Some(done) {
             let _ = reports.try_send(PullProgress::Bytes { done, total });
         }
     }
     let unpacking = progress.unpacking();
-    if let Some((layer, of)) = unpacking.filter(|_| unpacking != before.unpacking) {
-        before.unpacking = unpacking;
+    if let Some((layer, of)) = unpacking.filter(|_| unpacking != last_report.unpacking) {
+        last_report.unpacking = unpacking;
         let _ = reports.try_send(PullProgress::Unpacking { layer, of });
     }
 }
@@ -196,12 +196,12 @@ pub(in crate::agent) fn node_names(
 }
 
 fn done_message(inventory: &PeerInventory, recovered: RecoveredImage) -> PullProgress {
-    let RecoveredImage { digest, bytes, fetched, present: there, providers, took, tag_note: _ } = recovered;
+    let RecoveredImage { digest, bytes, fetched, present, providers, took, tag_note: _ } = recovered;
     PullProgress::Done {
         digest: digest.to_string(),
         bytes,
         fetched,
-        there,
+        there: present,
         milliseconds: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
         from: node_names(inventory, providers.into_keys()).0,
     }
@@ -223,9 +223,10 @@ fn failed_message(inventory: &PeerInventory, error: &RecoverError) -> PullProgre
         RecoverError::Store { .. } => (PullFailure::StoreFailed, true),
         RecoverError::Abandoned => (PullFailure::Abandoned, true),
     };
-    let asked: Vec<_> = error.failed_peers().into_iter().map(|peer| inventory.node_of(peer)).collect();
-    let asked = if asked.is_empty() { String::new() } else { format!(" (failed at: {})", asked.join(", ")) };
-    PullProgress::Failed { kind, message: format!("{error}{asked}"), retryable }
+    let failed_nodes: Vec<_> = error.failed_peers().into_iter().map(|peer| inventory.node_of(peer)).collect();
+    let failed_nodes =
+        if failed_nodes.is_empty() { String::new() } else { format!(" (failed at: {})", failed_nodes.join(", ")) };
+    PullProgress::Failed { kind, message: format!("{error}{failed_nodes}"), retryable }
 }
 
 fn busy_message() -> PullProgress {

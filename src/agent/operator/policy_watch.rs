@@ -69,7 +69,7 @@ impl PolicyWatch {
             // The invalid file may be one that turns the kill switch on. Running agents keep the
             // earlier policy, and a starting agent has none.
             tracing::error!("nothing is recovered on this node until the policy file can be read");
-            watch.policy.send_modify(|rules| Arc::make_mut(rules).opt_in.kill_switch = true);
+            watch.policy.send_modify(|policy| Arc::make_mut(policy).opt_in.kill_switch = true);
         }
         watch
     }
@@ -94,14 +94,14 @@ impl PolicyWatch {
     async fn reread(&mut self) {
         let path = self.path.clone();
         // Blocking: a node's own disk may be the slowest part of a failing node.
-        let found = tokio::task::spawn_blocking(move || read_file(&path)).await.unwrap_or_else(|error| {
+        let content = tokio::task::spawn_blocking(move || read_file(&path)).await.unwrap_or_else(|error| {
             // A panic of a task is a bug, which the supervisor reports.
             std::panic::resume_unwind(error.into_panic())
         });
-        if self.last_read.as_ref() == Some(&found) {
+        if self.last_read.as_ref() == Some(&content) {
             return;
         }
-        match &found {
+        match &content {
             PolicyFileContent::Absent => self.record_absent(),
             PolicyFileContent::Unreadable(reason) => self.keep_previous(reason.clone()),
             PolicyFileContent::Content(bytes) => match PolicyOverrides::parse_bytes(bytes) {
@@ -109,17 +109,17 @@ impl PolicyWatch {
                 Err(error) => self.keep_previous(error.to_string()),
             },
         }
-        self.last_read = Some(found);
+        self.last_read = Some(content);
     }
 
     fn accept(&mut self, overrides: PolicyOverrides) {
         let changes = changes(&self.overrides, &overrides);
         tracing::info!(file = %self.path.display(), changes = changes.join("; "), "the policy file is in force");
-        self.policy.send_if_modified(|rules| {
-            let now = overrides.apply(&self.flags);
-            let news = **rules != now;
-            *rules = Arc::new(now);
-            news
+        self.policy.send_if_modified(|policy| {
+            let new_policy = overrides.apply(&self.flags);
+            let is_changed = **policy != new_policy;
+            *policy = Arc::new(new_policy);
+            is_changed
         });
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let sets = overrides.settings().into_iter().map(|(name, value)| format!("{name}: {value}")).collect();

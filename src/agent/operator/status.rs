@@ -33,11 +33,11 @@ pub struct MeshView(pub Mesh);
 impl MeshSource for MeshView {
     async fn mesh(&self) -> Option<MeshStatus> {
         let status = tokio::time::timeout(MESH_WAIT, self.0.status()).await.ok()??;
-        Some(bounded(status))
+        Some(bound_members(status))
     }
 }
 
-fn bounded(mut status: MeshStatus) -> MeshStatus {
+fn bound_members(mut status: MeshStatus) -> MeshStatus {
     status.members.sort();
     status.members.truncate(MAX_STATUS_MEMBERS);
     status
@@ -48,7 +48,7 @@ pub struct AgentStatus {
     /// This node.
     pub node: NodeName,
     /// This agent.
-    pub me: PeerId,
+    pub own_peer: PeerId,
     /// Members of the mesh.
     pub mesh: Arc<dyn MeshSource>,
     /// Peers and their content.
@@ -78,9 +78,9 @@ impl StatusSource for AgentStatus {
     async fn status(&self) -> Status {
         Status {
             node: Some(self.node.to_string()),
-            peer_id: Some(self.me.to_string()),
+            peer_id: Some(self.own_peer.to_string()),
             version: Some(env!("CARGO_PKG_VERSION").into()),
-            containerd: self.containerd.as_ref().map(|told| told.borrow().clone()),
+            containerd: self.containerd.as_ref().map(|status| status.borrow().clone()),
             mesh: self.mesh.mesh().await,
             udp: Some(self.inventory.udp().status()),
             clock: self.clock.borrow().clone(),
@@ -98,26 +98,26 @@ impl AgentStatus {
     /// Outages by registry and kind. Nodes see an outage at different times, and the earliest
     /// counts.
     fn registries_down(&self) -> Vec<OutageStatus> {
-        let mut known: BTreeMap<(String, OutageKind), (u64, BTreeSet<String>)> = BTreeMap::new();
-        let mut note = |outage: Outage, nodes: Vec<String>| {
-            let (since, said_by) =
-                known.entry((outage.registry, outage.kind)).or_insert((outage.since, BTreeSet::new()));
+        let mut outages: BTreeMap<(String, OutageKind), (u64, BTreeSet<String>)> = BTreeMap::new();
+        let mut record_outage = |outage: Outage, nodes: Vec<String>| {
+            let (since, reporting_nodes) =
+                outages.entry((outage.registry, outage.kind)).or_insert((outage.since, BTreeSet::new()));
             *since = outage.since.min(*since);
-            said_by.extend(nodes);
+            reporting_nodes.extend(nodes);
         };
         for outage in self.observed_outages.borrow().iter() {
-            note(outage.clone(), vec![self.node.to_string()]);
+            record_outage(outage.clone(), vec![self.node.to_string()]);
         }
         for (outage, peers) in self.inventory.outages(MAX_OUTAGES) {
-            note(outage, peers.into_iter().map(|peer| self.inventory.node_of(peer)).collect());
+            record_outage(outage, peers.into_iter().map(|peer| self.inventory.node_of(peer)).collect());
         }
-        let listed = known.into_iter().take(MAX_REGISTRIES);
+        let listed = outages.into_iter().take(MAX_REGISTRIES);
         listed
-            .map(|((registry, kind), (since, said_by))| OutageStatus {
+            .map(|((registry, kind), (since, reporting_nodes))| OutageStatus {
                 registry,
                 how: kind.to_string(),
                 since,
-                said_by: said_by.into_iter().take(MAX_NAMES).collect(),
+                said_by: reporting_nodes.into_iter().take(MAX_NAMES).collect(),
             })
             .collect()
     }
@@ -162,7 +162,7 @@ mod tests {
     fn agent() -> AgentStatus {
         AgentStatus {
             node: "n1".parse().unwrap(),
-            me: PeerId::from_public_key([9; 32]),
+            own_peer: PeerId::from_public_key([9; 32]),
             mesh: Arc::new(UnansweredMesh),
             inventory: PeerInventory::default(),
             tracker: RecoveryTracker::default(),
@@ -193,14 +193,16 @@ mod tests {
         peer(&agent, 2, &[("r.test", OutageKind::Refused, 200)]);
         peer(&agent, 4, &[]);
         let status = agent.status().await;
-        let down = |registry: &str, how: &str, since, said_by: &[&str]| OutageStatus {
+        let outage_status = |registry: &str, how: &str, since, nodes: &[&str]| OutageStatus {
             registry: registry.into(),
             how: how.into(),
             since,
-            said_by: said_by.iter().map(ToString::to_string).collect(),
+            said_by: nodes.iter().map(ToString::to_string).collect(),
         };
-        let expected =
-            [down("a.test", "TLS fails", 5, &["n3"]), down("r.test", "connections are refused", 200, &["n2", "n3"])];
+        let expected = [
+            outage_status("a.test", "TLS fails", 5, &["n3"]),
+            outage_status("r.test", "connections are refused", 200, &["n2", "n3"]),
+        ];
         assert_eq!(status.registries_down.unwrap(), expected);
         assert_eq!(status.mesh, None, "a mesh that does not answer has no status");
     }
@@ -212,8 +214,8 @@ mod tests {
             ..crate::model::MemberStatus::default()
         };
         let status = MeshStatus { members: (0..6000).rev().map(member).collect(), ..MeshStatus::default() };
-        let told = bounded(status).members;
-        assert_eq!((told.len(), &*told[0].node, &*told[4999].node), (5000, "n00000", "n04999"));
+        let members = bound_members(status).members;
+        assert_eq!((members.len(), &*members[0].node, &*members[4999].node), (5000, "n00000", "n04999"));
     }
 
     #[tokio::test]

@@ -30,8 +30,8 @@ pub struct PeerInventory {
 
 impl PeerInventory {
     /// Reads this inventory.
-    pub fn new(table: SharedInventory) -> Self {
-        Self { inventory: table, udp: UdpState::default() }
+    pub fn new(inventory: SharedInventory) -> Self {
+        Self { inventory, udp: UdpState::default() }
     }
 
     /// Whether UDP reaches the peers. A firewall may block UDP.
@@ -51,77 +51,81 @@ impl PeerInventory {
 
     /// The providers of the blob, without partial providers.
     pub fn blob_providers(&self, digest: Digest) -> Vec<PeerId> {
-        self.inventory.read(|table| table.blob_providers(digest))
+        self.inventory.read(|inventory| inventory.blob_providers(digest))
     }
 
     /// The number of the blob's providers, without partial providers.
     pub fn count_blob_providers(&self, digest: Digest) -> usize {
-        self.inventory.read(|table| table.count_blob_providers(digest))
+        self.inventory.read(|inventory| inventory.count_blob_providers(digest))
     }
 
     /// The providers and partial providers of the blob.
     pub fn all_providers(&self, digest: Digest) -> Vec<BlobProvider> {
-        self.inventory.read(|table| {
-            let source = |whole| move |peer| BlobProvider { peer, zone: table.zone_of(peer).cloned(), whole };
-            let holders = table.blob_providers(digest);
-            let fetching = table.partial_providers(digest).into_iter().filter(|peer| !holders.contains(peer));
-            let fetching: Vec<_> = fetching.map(source(false)).collect();
-            holders.into_iter().map(source(true)).chain(fetching).collect()
+        self.inventory.read(|inventory| {
+            let provider = |whole| move |peer| BlobProvider { peer, zone: inventory.zone_of(peer).cloned(), whole };
+            let whole_providers = inventory.blob_providers(digest);
+            let partial_providers =
+                inventory.partial_providers(digest).into_iter().filter(|peer| !whole_providers.contains(peer));
+            let partial_providers: Vec<_> = partial_providers.map(provider(false)).collect();
+            whole_providers.into_iter().map(provider(true)).chain(partial_providers).collect()
         })
     }
 
     /// The zone that the peer announces.
     pub fn zone_of(&self, peer: PeerId) -> Option<Zone> {
-        self.inventory.read(|table| table.zone_of(peer).cloned())
+        self.inventory.read(|inventory| inventory.zone_of(peer).cloned())
     }
 
     /// The peer that runs on the node.
     pub fn peer_on_node(&self, node: &NodeName) -> Option<PeerId> {
-        self.inventory.read(|table| table.peers().into_iter().find(|peer| peer.node == *node).map(|peer| peer.id))
+        self.inventory
+            .read(|inventory| inventory.peers().into_iter().find(|peer| peer.node == *node).map(|peer| peer.id))
     }
 
     /// Whether the peer downloads the blob and does not have the whole blob.
     pub fn is_partial_provider(&self, peer: PeerId, digest: Digest) -> bool {
-        self.inventory.read(|table| {
-            table.partial_providers(digest).contains(&peer) && !table.blob_providers(digest).contains(&peer)
+        self.inventory.read(|inventory| {
+            inventory.partial_providers(digest).contains(&peer) && !inventory.blob_providers(digest).contains(&peer)
         })
     }
 
     /// Peers that have the image's root and a record of the image in this repository. A digest
     /// alone gives no permission.
-    pub fn image_providers(&self, repository: &Repository, root: Digest) -> Vec<PeerId> {
-        self.inventory.read(|table| table.image_providers(repository, root))
+    pub fn image_providers(&self, repository: &Repository, image_digest: Digest) -> Vec<PeerId> {
+        self.inventory.read(|inventory| inventory.image_providers(repository, image_digest))
     }
 
     /// The digests that peers announce for the tag.
     pub fn tag_digests(&self, repository: &Repository, tag: &str) -> BTreeMap<Digest, Vec<PeerId>> {
-        self.inventory.read(|table| table.tag(repository, tag))
+        self.inventory.read(|inventory| inventory.tag(repository, tag))
     }
 
     /// The outages of this registry, with the peers that announce them.
     pub fn registry_outages(&self, registry: &str) -> Vec<(Outage, Vec<PeerId>)> {
-        self.inventory
-            .read(|table| table.outages(registry).into_iter().map(|(outage, peers)| (outage.clone(), peers)).collect())
+        self.inventory.read(|inventory| {
+            inventory.outages(registry).into_iter().map(|(outage, peers)| (outage.clone(), peers)).collect()
+        })
     }
 
     /// The first `most` outages in the order of registries, with the peers that announce them.
-    pub fn outages(&self, most: usize) -> Vec<(Outage, Vec<PeerId>)> {
-        self.inventory
-            .read(|table| table.all_outages().take(most).map(|(outage, peers)| (outage.clone(), peers)).collect())
+    pub fn outages(&self, limit: usize) -> Vec<(Outage, Vec<PeerId>)> {
+        self.inventory.read(|inventory| {
+            inventory.all_outages().take(limit).map(|(outage, peers)| (outage.clone(), peers)).collect()
+        })
     }
 
     /// The peers that are up.
     pub fn peers(&self) -> Vec<Peer> {
-        self.inventory.read(|table| table.peers().into_iter().cloned().collect())
+        self.inventory.read(|inventory| inventory.peers().into_iter().cloned().collect())
     }
 
     /// The number of peers that are up.
     pub fn peer_count(&self) -> usize {
-        self.inventory.read(|table| table.peers().len())
+        self.inventory.read(|inventory| inventory.peers().len())
     }
 
     /// The name of the peer's node. The peer's ID when the node is unknown.
     pub fn node_of(&self, peer: PeerId) -> String {
-        self.inventory.read(|table| table.node_of(peer).map_or_else(|| peer.to_string(), NodeName::to_string))
+        self.inventory.read(|inventory| inventory.node_of(peer).map_or_else(|| peer.to_string(), NodeName::to_string))
     }
 }

@@ -55,13 +55,13 @@ impl PendingNotification {
         pods: &[PodRef],
         note: &str,
     ) -> Self {
-        let RecoveredImage { digest: root, bytes, fetched: _, present: _, providers, took, tag_note: _ } = recovered;
+        let RecoveredImage { digest, bytes, fetched: _, present: _, providers, took, tag_note: _ } = recovered;
         let (image, pods, note) = (reference.to_string(), pod_names(pods), note.to_owned());
         let from = providers.clone();
         Self {
             kind: PodReportKind::Recovered,
             image,
-            digest: Some(*root),
+            digest: Some(*digest),
             pods,
             from,
             bytes: *bytes,
@@ -93,9 +93,9 @@ impl NotificationQueue {
         Self { queue: None, metrics }
     }
 
-    pub(in crate::agent) fn send(&self, notice: PendingNotification) {
+    pub(in crate::agent) fn send(&self, pending: PendingNotification) {
         if let Some(queue) = &self.queue
-            && queue.try_send(notice).is_err()
+            && queue.try_send(pending).is_err()
         {
             self.metrics.notified("dropped");
         }
@@ -126,9 +126,9 @@ impl NotificationSender {
         metrics: Metrics,
     ) -> (Self, NotificationQueue) {
         let (queue, pending) = mpsc::channel(QUEUE_LENGTH);
-        let sender = NotificationQueue { queue: Some(queue), metrics: metrics.clone() };
+        let notification_queue = NotificationQueue { queue: Some(queue), metrics: metrics.clone() };
         let (claimed, sent_claims) = (None, VecDeque::new());
-        (Self { notifier, claims, inventory, node, metrics, pending, claimed, sent_claims }, sender)
+        (Self { notifier, claims, inventory, node, metrics, pending, claimed, sent_claims }, notification_queue)
     }
 
     /// Sends until stopped. A message that was not sent by then loses its claim, so that another
@@ -138,8 +138,8 @@ impl NotificationSender {
             let due = self.sent_claims.front().map(|(due, _)| *due);
             let is_running = stop.run_until_cancelled(async {
                 tokio::select! {
-                    notice = self.pending.recv() => match notice {
-                        Some(notice) => self.deliver(notice).await,
+                    pending = self.pending.recv() => match pending {
+                        Some(pending) => self.deliver(pending).await,
                         // The queue's senders live as long as the agent.
                         None => std::future::pending().await,
                     },
@@ -177,13 +177,13 @@ impl NotificationSender {
         self.sent_claims.push_back((Instant::now() + DEDUPLICATION_WINDOW, subject));
     }
 
-    async fn deliver(&mut self, notice: PendingNotification) {
+    async fn deliver(&mut self, pending: PendingNotification) {
         let now = SystemTime::now();
-        let subject = subject(&notice);
+        let subject = subject(&pending);
         if !self.try_claim(subject, now).await {
             return self.metrics.notified("left_to_another");
         }
-        let notification = self.notification(notice, subject, now);
+        let notification = self.notification(pending, subject, now);
         for attempt in 0..MAX_ATTEMPTS {
             match self.notifier.notify(&notification).await {
                 Ok(()) => {
@@ -224,19 +224,19 @@ impl NotificationSender {
     }
 
     async fn claim(&mut self, subject: Digest, now: SystemTime) -> Result<(), ClaimError> {
-        let read = self.claims.read(subject).await?;
-        if read.as_ref().is_some_and(|lease| is_recent(lease.renewed, now)) {
+        let existing = self.claims.read(subject).await?;
+        if existing.as_ref().is_some_and(|lease| is_recent(lease.renewed, now)) {
             return Err(ClaimError::Lost);
         }
         self.claimed = Some(subject);
-        match read {
+        match existing {
             None => self.claims.create(subject, now).await,
             Some(lease) => self.claims.update(subject, &lease.version, now).await,
         }
     }
 
-    fn notification(&self, notice: PendingNotification, subject: Digest, now: SystemTime) -> Notification {
-        let PendingNotification { kind, image, digest, pods, from, bytes, took, note } = notice;
+    fn notification(&self, pending: PendingNotification, subject: Digest, now: SystemTime) -> Notification {
+        let PendingNotification { kind, image, digest, pods, from, bytes, took, note } = pending;
         let at = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         // Equal on all nodes that send the same message within the same hour.
         let id = format!("{}-{}", subject.short(), at / DEDUPLICATION_WINDOW.as_secs());
@@ -268,7 +268,7 @@ async fn sleep_until(due: Option<Instant>) {
 }
 
 /// The digest for a claim on the message: of outcome, image and image digest.
-fn subject(notice: &PendingNotification) -> Digest {
-    let digest = notice.digest.map(|digest| digest.to_string()).unwrap_or_default();
-    Digest::of(format!("message\n{}\n{}\n{digest}", notice.kind.reason(), notice.image).as_bytes())
+fn subject(pending: &PendingNotification) -> Digest {
+    let digest = pending.digest.map(|digest| digest.to_string()).unwrap_or_default();
+    Digest::of(format!("message\n{}\n{}\n{digest}", pending.kind.reason(), pending.image).as_bytes())
 }

@@ -101,7 +101,7 @@ pub struct PodController {
     options: RecoveryOptions,
     metrics: Metrics,
     queue: RecoveryQueue,
-    ledger: ContainerRecords,
+    container_records: ContainerRecords,
     /// Pods with a waiting container, as last seen.
     waiting: BTreeMap<PodRef, WaitingPod>,
     /// Pods whose namespace or owners could not be read.
@@ -116,7 +116,7 @@ pub struct PodController {
     /// have one.
     unprovided_blobs: HashMap<Reference, Vec<Digest>>,
     /// Invalid annotations that the log has already.
-    odd_annotations: HashSet<InvalidAnnotation>,
+    invalid_annotations: HashSet<InvalidAnnotation>,
     is_measuring_disks: bool,
     /// Bounds the concurrent requests to the API server.
     api_permits: Arc<Semaphore>,
@@ -203,14 +203,14 @@ impl PodController {
             options,
             metrics,
             queue: RecoveryQueue::new(concurrency),
-            ledger: ContainerRecords::default(),
+            container_records: ContainerRecords::default(),
             waiting: BTreeMap::new(),
             undecided: BTreeSet::new(),
             retry_undecided_at: None,
             running: HashMap::new(),
             requested_since: HashMap::new(),
             unprovided_blobs: HashMap::new(),
-            odd_annotations: HashSet::new(),
+            invalid_annotations: HashSet::new(),
             is_measuring_disks: false,
             api_permits: Arc::new(Semaphore::new(MAX_API_REQUESTS)),
             stopping: CancellationToken::new(),
@@ -272,11 +272,11 @@ impl PodController {
             PodEvent::Applied(pod) => self.reconcile(*pod),
             PodEvent::Deleted(pod) => self.on_pod_gone(&pod),
             PodEvent::Synced(pods) => {
-                let exist: BTreeSet<_> = pods.into_iter().collect();
-                let gone: Vec<_> = self.waiting.keys().filter(|pod| !exist.contains(*pod)).cloned().collect();
-                gone.iter().for_each(|pod| self.on_pod_gone(pod));
-                let uids: BTreeSet<_> = exist.iter().map(|pod| pod.uid.as_str()).collect();
-                self.ledger.retain_pods(|uid| uids.contains(uid));
+                let existing: BTreeSet<_> = pods.into_iter().collect();
+                let deleted: Vec<_> = self.waiting.keys().filter(|pod| !existing.contains(*pod)).cloned().collect();
+                deleted.iter().for_each(|pod| self.on_pod_gone(pod));
+                let uids: BTreeSet<_> = existing.iter().map(|pod| pod.uid.as_str()).collect();
+                self.container_records.retain_pods(|uid| uids.contains(uid));
             }
         }
     }
@@ -294,7 +294,7 @@ impl PodController {
                     self.queue.retry_now();
                 }
             }
-            Ok(WorkResult::RegistryProbed(answer)) => match self.registries.record_probe(answer, now()) {
+            Ok(WorkResult::RegistryProbed(probe)) => match self.registries.record_probe(probe, now()) {
                 true => self.reconcile_all(),
                 // Another failed probe is fresh evidence for tags.
                 false => self.reconcile_pods_in_outages(),
@@ -321,8 +321,8 @@ impl PodController {
     /// image, so containerd reaches the registry.
     fn on_image_records(&mut self) {
         let records = self.image_records.borrow_and_update().clone();
-        if let (Some(before), Some(here)) = (&self.previous_image_records, &records) {
-            for (name, target) in here.iter().filter(|(name, target)| before.get(*name) != Some(*target)) {
+        if let (Some(previous), Some(current)) = (&self.previous_image_records, &records) {
+            for (name, target) in current.iter().filter(|(name, target)| previous.get(*name) != Some(*target)) {
                 let Ok(name) = name.parse::<Reference>() else { continue };
                 if !self.tracker.has_recorded(&name, *target) {
                     self.registries.record_pull_success(&name.repository().registry, now());
@@ -366,7 +366,7 @@ impl PodController {
     /// Freed space sends no event, so the disks are measured while a refused recovery waits for
     /// room. One measurement at a time: a disk may hang.
     fn measure_disks(&mut self) {
-        if self.is_measuring_disks || self.waiting.is_empty() || !self.recoverer.reservations.has_refused() {
+        if self.is_measuring_disks || self.waiting.is_empty() || !self.recoverer.reservations.has_rejected() {
             return;
         }
         self.is_measuring_disks = true;

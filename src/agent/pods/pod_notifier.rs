@@ -140,16 +140,16 @@ impl PodNotifier {
             names.join(", "),
             human_bytes(*bytes),
             took.as_secs_f64(),
-            tag_note.as_ref().map(|settled| format!(" {settled}")).unwrap_or_default(),
+            tag_note.as_ref().map(|note| format!(" {note}")).unwrap_or_default(),
             since.map(|since| format!(" Its registry has failed since {since}.")).unwrap_or_default(),
         )
     }
 
     /// Text of a dry run's Event.
-    pub(in crate::agent) fn dry_run_note(&self, reference: &Reference, root: Digest, providers: &[PeerId]) -> String {
+    pub(in crate::agent) fn dry_run_note(&self, reference: &Reference, digest: Digest, providers: &[PeerId]) -> String {
         let names: Vec<_> = providers.iter().take(5).map(|peer| self.inventory.node_of(*peer)).collect();
         format!(
-            "{reference} ({root}) could come from {} nodes ({}); --dry-run is set, so the agent does not fetch the \
+            "{reference} ({digest}) could come from {} nodes ({}); --dry-run is set, so the agent does not fetch the \
              image.",
             providers.len(),
             names.join(", ")

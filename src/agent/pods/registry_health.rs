@@ -67,10 +67,10 @@ impl RegistryHealth {
         if self.outages.is_down(registry, now) {
             return true;
         }
-        let witnesses: BTreeSet<_> =
+        let reporting_peers: BTreeSet<_> =
             self.inventory.registry_outages(registry).into_iter().flat_map(|(_, peers)| peers).collect();
-        let enough = if self.outages.did_last_probe_fail(registry) { 1 } else { 2 };
-        witnesses.len() >= enough && !self.outages.is_answering(registry, now)
+        let required_peers = if self.outages.did_last_probe_fail(registry) { 1 } else { 2 };
+        reporting_peers.len() >= required_peers && !self.outages.is_answering(registry, now)
     }
 
     /// Whether an image may be recovered before the pod's own pull has failed. For a digest, the
@@ -103,7 +103,7 @@ impl RegistryHealth {
     }
 
     /// Records a pull through containerd that failed with an answer of the registry or of a mirror.
-    pub(in crate::agent) fn pull_answered(&mut self, registry: &str) {
+    pub(in crate::agent) fn record_answered_pull(&mut self, registry: &str) {
         self.outages.record_answered_pull(registry);
     }
 
@@ -152,9 +152,9 @@ impl RegistryHealth {
         if !self.is_probing {
             return None;
         }
-        let (port, registry) = (Arc::clone(&self.registry), registry.to_owned());
+        let (client, registry) = (Arc::clone(&self.registry), registry.to_owned());
         Some(async move {
-            let result = match port.ping(&registry).await {
+            let result = match client.ping(&registry).await {
                 // Any answer counts, also one from another server in the registry's place: a pull
                 // finds that out.
                 Ok(()) | Err(RegistryError::RateLimited(_) | RegistryError::Denied(_) | RegistryError::NotFound(_)) => {

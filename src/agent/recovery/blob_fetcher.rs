@@ -42,7 +42,7 @@ const MAX_BUSY_RETRIES: u32 = 2400;
 
 /// Fetches single blobs into the store of this node.
 pub struct BlobFetcher {
-    me: PeerId,
+    own_peer: PeerId,
     store: Arc<dyn ContentStore>,
     pub(in crate::agent) fetcher: Arc<dyn Fetcher>,
     pub(in crate::agent) inventory: PeerInventory,
@@ -51,7 +51,7 @@ pub struct BlobFetcher {
     zone: watch::Receiver<Option<Zone>>,
     pub(in crate::agent) metrics: Metrics,
     /// Recent faults of peers.
-    trust: Mutex<PeerFaults>,
+    peer_faults: Mutex<PeerFaults>,
 }
 
 /// A blob of an image, in the store of this node.
@@ -76,7 +76,7 @@ impl BlobFetcher {
     /// agents over the providers. `downloads` lists the blobs in flight, and `zone` is this node's
     /// zone.
     pub fn new(
-        me: PeerId,
+        own_peer: PeerId,
         store: Arc<dyn ContentStore>,
         fetcher: Arc<dyn Fetcher>,
         inventory: PeerInventory,
@@ -84,7 +84,7 @@ impl BlobFetcher {
         zone: watch::Receiver<Option<Zone>>,
         metrics: Metrics,
     ) -> Self {
-        Self { me, store, fetcher, inventory, downloads, zone, metrics, trust: Mutex::default() }
+        Self { own_peer, store, fetcher, inventory, downloads, zone, metrics, peer_faults: Mutex::default() }
     }
 
     /// Stages a config or a layer, unless the blob is here. A small blob with wrong bytes is
@@ -95,25 +95,25 @@ impl BlobFetcher {
         blob: &Descriptor,
         pin: &Pin,
     ) -> Result<PreparedBlob, RecoverError> {
-        let remembered = BlobMetadata { source: Some(reference.repository().clone()), children: Vec::new() };
-        let here = |from| Ok(PreparedBlob::Present(FetchedBlob { descriptor: blob.clone(), from }));
+        let metadata = BlobMetadata { source: Some(reference.repository().clone()), children: Vec::new() };
+        let present = |from| Ok(PreparedBlob::Present(FetchedBlob { descriptor: blob.clone(), from }));
         if self.is_damaged(blob).await? {
             let (bytes, proof, peer) = self.fetch_document(blob.digest, &[]).await?;
-            self.write_whole(bytes, proof, pin, &remembered).await?;
-            return here(Some([(peer, blob.size)].into()));
+            self.write_whole(bytes, proof, pin, &metadata).await?;
+            return present(Some([(peer, blob.size)].into()));
         }
         let stage = || self.store.stage(blob.digest, blob.size, pin);
-        match self.open_for_writing(blob.digest, &remembered, stage).await? {
+        match self.open_for_writing(blob.digest, &metadata, stage).await? {
             Some(staged) => Ok(PreparedBlob::Staged(staged)),
-            None => here(None),
+            None => present(None),
         }
     }
 
     /// Providers and partial providers of the blob, without the excluded peers.
     pub(in crate::agent) fn providers(&self, attempts: &Attempts) -> Vec<BlobProvider> {
-        let mut sources = self.inventory.all_providers(attempts.digest);
-        sources.retain(|source| !attempts.excluded.contains(&source.peer));
-        sources
+        let mut providers = self.inventory.all_providers(attempts.digest);
+        providers.retain(|provider| !attempts.excluded.contains(&provider.peer));
+        providers
     }
 
     /// Changes whenever a recovery waits for a blob that another writer has open.
@@ -135,8 +135,8 @@ impl BlobFetcher {
         providers: &[PeerId],
         pin: &Pin,
     ) -> Result<(Document, FetchedBlob), RecoverError> {
-        let held = LocalBlob::read(&*self.store, digest).await.map_err(RecoverError::store("reading a manifest"))?;
-        let (bytes, proof, from) = match held {
+        let stored = LocalBlob::read(&*self.store, digest).await.map_err(RecoverError::store("reading a manifest"))?;
+        let (bytes, proof, from) = match stored {
             LocalBlob::Whole(bytes, proof) => (bytes, proof, None),
             LocalBlob::TooLarge(size) => {
                 return Err(RecoverError::Document { digest, source: DocumentError::TooLarge(size) });
@@ -151,7 +151,7 @@ impl BlobFetcher {
         let document = Document::parse(&bytes).map_err(unusable)?;
         document.check_runnable().map_err(unusable)?;
         let children = document.children().enumerate();
-        let remembered = BlobMetadata {
+        let metadata = BlobMetadata {
             source: Some(reference.repository().clone()),
             children: children
                 .map(|(position, child)| Child { digest: child.digest, kind: ChildKind::of(&document, position) })
@@ -164,7 +164,7 @@ impl BlobFetcher {
             platform: None,
             attestation: false,
         };
-        self.write_whole(bytes, proof, pin, &remembered).await?;
+        self.write_whole(bytes, proof, pin, &metadata).await?;
         let from = from.map(|peer| [(peer, descriptor.size)].into());
         Ok((document, FetchedBlob { descriptor, from }))
     }
@@ -183,7 +183,7 @@ impl BlobFetcher {
             for peer in self.rank_providers(&attempts, candidates) {
                 match self.fetch_document_from(peer, digest).await {
                     Ok((bytes, proof)) => {
-                        self.trust().record_success(peer);
+                        self.peer_faults().record_success(peer);
                         return Ok((bytes, proof, peer));
                     }
                     Err(error) => drop(self.record_failure(&mut attempts, peer, error)?),
@@ -225,26 +225,23 @@ impl BlobFetcher {
     async fn open_for_writing<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
         digest: Digest,
-        remembered: &BlobMetadata,
+        metadata: &BlobMetadata,
         open: impl Fn() -> F,
     ) -> Result<Option<T>, RecoverError> {
-        let mut waits = 0;
+        let mut retries = 0;
         let mut ended = self.downloads.ended();
         loop {
             ended.mark_unchanged();
             match open().await {
                 Ok(opened) => return Ok(Some(opened)),
                 Err(StoreError::AlreadyExists(_)) => {
-                    self.store
-                        .add_metadata(digest, remembered)
-                        .await
-                        .map_err(RecoverError::store("labeling a blob"))?;
+                    self.store.add_metadata(digest, metadata).await.map_err(RecoverError::store("labeling a blob"))?;
                     return Ok(None);
                 }
                 // Another recovery of this node writes the same blob, and this recovery uses the
                 // result.
-                Err(StoreError::Busy(_)) if waits < MAX_BUSY_RETRIES => {
-                    waits += 1;
+                Err(StoreError::Busy(_)) if retries < MAX_BUSY_RETRIES => {
+                    retries += 1;
                     self.downloads.mark_awaited(digest);
                     let _ = tokio::time::timeout(BUSY_RETRY_DELAY, ended.changed()).await;
                 }
@@ -255,21 +252,21 @@ impl BlobFetcher {
 
     /// The providers to ask now, the best first. Busy peers are left out until their back-off ends.
     fn rank_providers(&self, attempts: &Attempts, mut providers: Vec<PeerId>) -> Vec<PeerId> {
-        let (trust, now) = (self.trust(), now());
-        providers.retain(|peer| !attempts.excluded.contains(peer) && trust.busy_until(*peer, now).is_none());
-        order_providers(self.me, attempts.digest, providers, |peer| trust.standing(peer, now))
+        let (faults, now) = (self.peer_faults(), now());
+        providers.retain(|peer| !attempts.excluded.contains(peer) && faults.busy_until(*peer, now).is_none());
+        order_providers(self.own_peer, attempts.digest, providers, |peer| faults.standing(peer, now))
     }
 
     /// Waits until a remaining provider is not busy. False when no provider remains.
     async fn wait_for_another_round(&self, attempts: &Attempts, providers: Vec<PeerId>) -> bool {
         let remaining = providers.into_iter().filter(|peer| !attempts.excluded.contains(peer));
-        let soonest = {
-            let (trust, now) = (self.trust(), now());
+        let retry_at = {
+            let (faults, now) = (self.peer_faults(), now());
             // A provider that is not busy has announced the blob just now.
-            remaining.map(|peer| trust.busy_until(peer, now).unwrap_or(now)).min()
+            remaining.map(|peer| faults.busy_until(peer, now).unwrap_or(now)).min()
         };
-        let Some(soonest) = soonest else { return false };
-        tokio::time::sleep_until(soonest.into()).await;
+        let Some(retry_at) = retry_at else { return false };
+        tokio::time::sleep_until(retry_at.into()).await;
         true
     }
 
@@ -288,14 +285,14 @@ impl BlobFetcher {
         tracing::warn!(%peer, node = %self.inventory.node_of(peer), %digest, %error, "a provider failed");
         let until = fault_of(&error).map(|fault| {
             self.metrics.peer_at_fault(fault.label());
-            self.trust().record_fault(peer, fault, now(), rand::random())
+            self.peer_faults().record_fault(peer, fault, now(), rand::random())
         });
         attempts.record(peer, error);
         Ok(until)
     }
 
-    pub(in crate::agent) fn trust(&self) -> MutexGuard<'_, PeerFaults> {
-        self.trust.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(in crate::agent) fn peer_faults(&self) -> MutexGuard<'_, PeerFaults> {
+        self.peer_faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

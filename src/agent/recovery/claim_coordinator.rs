@@ -21,7 +21,7 @@ pub struct ClaimCoordinator {
     inventory: PeerInventory,
     metrics: Metrics,
     node: NodeName,
-    me: PeerId,
+    own_peer: PeerId,
     /// Claims that this node holds, or may hold because a write got no answer. A running recovery
     /// has the image's claim, the zone's, or both if the zone became known meanwhile.
     claimed: Mutex<HashMap<Reference, HashSet<Digest>>>,
@@ -34,9 +34,9 @@ impl ClaimCoordinator {
         inventory: PeerInventory,
         metrics: Metrics,
         node: NodeName,
-        me: PeerId,
+        own_peer: PeerId,
     ) -> Self {
-        Self { claims, inventory, metrics, node, me, claimed: Mutex::default() }
+        Self { claims, inventory, metrics, node, own_peer, claimed: Mutex::default() }
     }
 
     /// Tries to claim the digest, after the better-ranked nodes had time to claim. Never fails,
@@ -49,7 +49,7 @@ impl ClaimCoordinator {
     /// claim that a lost answer may have granted.
     pub(in crate::agent) async fn try_claim_image(&self, reference: &Reference, digest: Digest) {
         let others: Vec<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
-        tokio::time::sleep(claim_delay(self.me, digest, &others)).await;
+        tokio::time::sleep(claim_delay(self.own_peer, digest, &others)).await;
         let result = self.acquire(reference, digest).await;
         self.count_attempt(&result);
     }
@@ -67,7 +67,7 @@ impl ClaimCoordinator {
     }
 
     pub(in crate::agent::recovery) fn peer(&self) -> PeerId {
-        self.me
+        self.own_peer
     }
 
     pub(in crate::agent::recovery) fn node(&self) -> NodeName {
@@ -89,8 +89,8 @@ impl ClaimCoordinator {
         match result {
             Ok(true) => Ok(Some(self.node.clone())),
             Ok(false) => {
-                let read = self.claims.read(claim).await?;
-                Ok(read.and_then(|lease| lease.holder?.parse().ok()))
+                let lease = self.claims.read(claim).await?;
+                Ok(lease.and_then(|lease| lease.holder?.parse().ok()))
             }
             Err(error) => Err(error),
         }
@@ -98,8 +98,8 @@ impl ClaimCoordinator {
 
     async fn acquire(&self, reference: &Reference, digest: Digest) -> Result<bool, ClaimError> {
         let now = SystemTime::now();
-        let read = self.claims.read(digest).await?;
-        let step = lease_step(read.as_ref(), &self.node, now);
+        let lease = self.claims.read(digest).await?;
+        let step = lease_step(lease.as_ref(), &self.node, now);
         if step != LeaseStep::Skip {
             self.claimed
                 .lock()

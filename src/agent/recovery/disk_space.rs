@@ -39,18 +39,18 @@ impl LayerReservation<'_> {
     /// # Errors
     /// [`NoDiskSpace`]. The estimate stays reserved then.
     pub(in crate::agent) async fn reserve(&self, layers: &[Descriptor]) -> Result<u64, NoDiskSpace> {
-        let (before, disks) = measure(self.store, self.reservations).await?;
+        let (measurement, disks) = measure(self.store, self.reservations).await?;
         if disks.are_unknown() {
             return Ok(0);
         }
-        let (mut compressed, mut real) = (0_u64, 0_u64);
+        let (mut compressed, mut unpacked) = (0_u64, 0_u64);
         for layer in layers {
             compressed = compressed.saturating_add(layer.size);
-            real = real.saturating_add(unpacked_bytes(layer, self.trailer(layer).await?));
+            unpacked = unpacked.saturating_add(unpacked_bytes(layer, self.trailer(layer).await?));
         }
-        let lines = self.policy.borrow().budgets.disk_floors();
-        self.reservation.replace_estimate(compressed, real, before, disks, lines)?;
-        Ok(real)
+        let floors = self.policy.borrow().budgets.disk_floors();
+        self.reservation.replace_estimate(compressed, unpacked, measurement, disks, floors)?;
+        Ok(unpacked)
     }
 
     /// Checks that the runtime has room to unpack these layers. Unpacked layers count too, so the
@@ -88,6 +88,6 @@ pub(in crate::agent::recovery) async fn measure(
     store: &dyn ContentStore,
     reservations: &Reservations,
 ) -> Result<(MeasurementStart, Disks), StoreError> {
-    let before = reservations.begin_measurement();
-    Ok((before, store.disks().await?))
+    let measurement = reservations.begin_measurement();
+    Ok((measurement, store.disks().await?))
 }

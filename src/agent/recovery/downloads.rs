@@ -71,20 +71,22 @@ impl Downloads {
 
     /// Adds a download. The store permits one writer of a blob at a time, so the digest has no
     /// other download.
-    pub(in crate::agent::recovery) fn insert(&self, incoming: &Arc<BlobDownload>) {
-        let blob = incoming.blob();
-        self.blobs().insert(blob.digest, Arc::clone(incoming));
+    pub(in crate::agent::recovery) fn insert(&self, download: &Arc<BlobDownload>) {
+        let blob = download.blob();
+        self.blobs().insert(blob.digest, Arc::clone(download));
         if blob.size >= MIN_ANNOUNCED_BYTES {
-            self.0.announced.send_if_modified(|told| told.len() < MAX_ANNOUNCED && told.insert(blob.digest));
+            self.0
+                .announced
+                .send_if_modified(|announced| announced.len() < MAX_ANNOUNCED && announced.insert(blob.digest));
         }
     }
 
     /// Removes a download that is complete or abandoned.
-    pub(in crate::agent::recovery) fn remove(&self, incoming: &Arc<BlobDownload>) {
-        incoming.close();
-        let digest = incoming.blob().digest;
+    pub(in crate::agent::recovery) fn remove(&self, download: &Arc<BlobDownload>) {
+        download.close();
+        let digest = download.blob().digest;
         self.blobs().remove(&digest);
-        self.0.announced.send_if_modified(|told| told.remove(&digest));
+        self.0.announced.send_if_modified(|announced| announced.remove(&digest));
         self.0.ended.send_modify(|ended| *ended += 1);
     }
 
@@ -100,8 +102,8 @@ impl Downloads {
 
 impl PartialBlobs for Downloads {
     fn partial(&self, digest: Digest) -> Option<Arc<dyn PartialBlob>> {
-        let incoming = self.blobs().get(&digest).cloned()?;
-        let (chain, _) = incoming.hash_chain()?;
-        Some(Arc::new(ServedDownload { download: incoming, chain }))
+        let download = self.blobs().get(&digest).cloned()?;
+        let (chain, _) = download.hash_chain()?;
+        Some(Arc::new(ServedDownload { download, chain }))
     }
 }

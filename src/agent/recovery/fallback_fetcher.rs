@@ -73,9 +73,9 @@ impl FallbackFetcher {
 
     /// Sends one request as soon as both permits are free.
     async fn send_request(&self, peer: PeerId, request: Request) -> Result<RangeResponse, FetchError> {
-        let of_peer = self.permits_of_peer(peer);
+        let peer_permits = self.permits_of_peer(peer);
         // Neither semaphore is ever closed.
-        let (_one, _all) = (of_peer.acquire().await.ok(), self.permits.acquire().await.ok());
+        let (_peer_permit, _permit) = (peer_permits.acquire().await.ok(), self.permits.acquire().await.ok());
         self.quic.mesh.request_range(peer, request).await.map_err(|error| match error {
             RangeError::NotConnected | RangeError::NoAnswer(_) => {
                 FetchError::Unreachable { peer, silent: false, reason: error.to_string() }
@@ -85,8 +85,8 @@ impl FallbackFetcher {
     }
 
     /// Requests bytes of a blob. Checks the blob's size and the number of bytes in the answer.
-    async fn request_bytes(&self, wanted: RangeTarget, request: Request, expected: u64) -> Result<Bytes, FetchError> {
-        let RangeTarget { peer, digest, size } = wanted;
+    async fn request_bytes(&self, target: RangeTarget, request: Request, expected: u64) -> Result<Bytes, FetchError> {
+        let RangeTarget { peer, digest, size } = target;
         let RangeResponse { answer, bytes } = self.send_request(peer, request).await?;
         match answer {
             Answer::Blob { size: actual } if actual == size => {}
@@ -110,19 +110,19 @@ impl FallbackFetcher {
     }
 
     /// Fetches one range, counts its bytes, and waits for the download rate limiter.
-    async fn fetch_range(&self, wanted: RangeTarget, offset: u64, length: u64) -> Result<Bytes, FetchError> {
-        let request = Request::Get { digest: wanted.digest, offset, length };
-        let bytes = self.request_bytes(wanted, request, length).await?;
+    async fn fetch_range(&self, target: RangeTarget, offset: u64, length: u64) -> Result<Bytes, FetchError> {
+        let request = Request::Get { digest: target.digest, offset, length };
+        let bytes = self.request_bytes(target, request, length).await?;
         self.quic.transfer.account_received(length).await;
         self.metrics.fetched_over_tcp(length);
         Ok(bytes)
     }
 
-    async fn blob_over_mesh(&self, wanted: RangeTarget, sink: &mut dyn BlobSink) -> Result<BlobProof, FetchError> {
-        let RangeTarget { peer, digest, size } = wanted;
+    async fn blob_over_mesh(&self, target: RangeTarget, sink: &mut dyn BlobSink) -> Result<BlobProof, FetchError> {
+        let RangeTarget { peer, digest, size } = target;
         let mut hasher = Hasher::default();
         for (offset, length) in ranges(0, size) {
-            let bytes = self.fetch_range(wanted, offset, length).await?;
+            let bytes = self.fetch_range(target, offset, length).await?;
             hasher.update(&bytes);
             sink.append(&[bytes]).await?;
         }
@@ -141,13 +141,13 @@ impl FallbackFetcher {
 
     async fn chain_over_mesh(
         &self,
-        wanted: RangeTarget,
+        target: RangeTarget,
         layout: PieceLayout,
         on_states: StateSink<'_>,
     ) -> Result<HashChain, FetchError> {
-        let RangeTarget { peer, digest, .. } = wanted;
+        let RangeTarget { peer, digest, .. } = target;
         let length = (layout.piece_count() - 1) * STATE_BYTES;
-        let bytes = self.request_bytes(wanted, Request::HashChain(digest), length as u64).await?;
+        let bytes = self.request_bytes(target, Request::HashChain(digest), length as u64).await?;
         let states: Vec<_> =
             bytes.as_chunks::<STATE_BYTES>().0.iter().map(|state| HashState::from_bytes(*state)).collect();
         on_states(&states);
@@ -156,20 +156,20 @@ impl FallbackFetcher {
     }
 
     /// Requests the pieces one after the other. The recovery has several requests in flight.
-    async fn pieces_over_mesh(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        let PieceRequest { peer, digest, layout: cut, pieces: ref choice, limit: most } = *order;
-        let wanted = RangeTarget { peer, digest, size: cut.size() };
-        for piece in choice.iter().take(most.into()) {
-            let (begin, length) = (cut.offset(*piece as usize), cut.piece_length(*piece as usize));
-            let mut is_begun = false;
+    async fn pieces_over_mesh(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        let PieceRequest { peer, digest, layout, ref pieces, limit } = *request;
+        let target = RangeTarget { peer, digest, size: layout.size() };
+        for piece in pieces.iter().take(limit.into()) {
+            let (begin, length) = (layout.offset(*piece as usize), layout.piece_length(*piece as usize));
+            let mut has_begun = false;
             for (offset, length) in ranges(begin, length) {
-                let bytes = self.fetch_range(wanted, offset, length).await?;
-                if !std::mem::replace(&mut is_begun, true) {
+                let bytes = self.fetch_range(target, offset, length).await?;
+                if !std::mem::replace(&mut has_begun, true) {
                     sink.begin(*piece);
                 }
                 sink.append(&[bytes]).await?;
             }
-            if !is_begun {
+            if !has_begun {
                 // An empty blob has one empty piece.
                 sink.begin(*piece);
             }
@@ -213,8 +213,8 @@ impl PieceFetcher for FallbackFetcher {
         match self.transport(peer, layout.size()) {
             Transport::Quic => self.quic.fetch_hash_chain(peer, digest, layout, on_states).await,
             Transport::Mesh => {
-                let wanted = RangeTarget { peer, digest, size: layout.size() };
-                self.count_failure(self.chain_over_mesh(wanted, layout, on_states).await)
+                let target = RangeTarget { peer, digest, size: layout.size() };
+                self.count_failure(self.chain_over_mesh(target, layout, on_states).await)
             }
         }
     }
@@ -228,17 +228,17 @@ impl PieceFetcher for FallbackFetcher {
         match self.transport(peer, layout.size()) {
             Transport::Quic => self.quic.follow(peer, digest, layout).await,
             Transport::Mesh => {
-                let wanted = RangeTarget { peer, digest, size: layout.size() };
-                self.count_failure(self.request_bytes(wanted, Request::Have(digest), 0).await)?;
+                let target = RangeTarget { peer, digest, size: layout.size() };
+                self.count_failure(self.request_bytes(target, Request::Have(digest), 0).await)?;
                 Ok(Box::new(WholeProvider { is_reported: false }))
             }
         }
     }
 
-    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        match self.transport(order.peer, order.layout.size()) {
-            Transport::Quic => self.quic.fetch_pieces(order, sink).await,
-            Transport::Mesh => self.count_failure(self.pieces_over_mesh(order, sink).await),
+    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        match self.transport(request.peer, request.layout.size()) {
+            Transport::Quic => self.quic.fetch_pieces(request, sink).await,
+            Transport::Mesh => self.count_failure(self.pieces_over_mesh(request, sink).await),
         }
     }
 

@@ -57,7 +57,7 @@ pub(in crate::agent) struct UnnamedImage<'a> {
 #[derive(Debug, thiserror::Error)]
 enum UnpackingError {
     #[error(transparent)]
-    Unsuited(UnpackError),
+    Unsupported(UnpackError),
     #[error("reading the config: {0}")]
     Config(StoreError),
     #[error("the config is absent, too large or damaged")]
@@ -125,7 +125,7 @@ impl LayerUnpacker {
         let reference = image.reference;
         match self.unpack(image).await {
             // The adapter logs missing support once, and a failed download returns its own error.
-            Ok(()) | Err(UnpackingError::Unsuited(UnpackError::Unsupported(_)) | UnpackingError::Incomplete) => {}
+            Ok(()) | Err(UnpackingError::Unsupported(UnpackError::Unsupported(_)) | UnpackingError::Incomplete) => {}
             Err(UnpackingError::NoRoom { source, .. }) => {
                 self.metrics.layer_unpacked("no_room");
                 return Err(RecoverError::NoRoomToUnpack(source));
@@ -144,16 +144,19 @@ impl LayerUnpacker {
 
     async fn unpack(&self, image: UnnamedImage<'_>) -> Result<(), UnpackingError> {
         let UnnamedImage { reference, manifest, pin, progress, reservation, mut complete_blobs } = image;
-        self.unpacker.ensure_supported().await.map_err(UnpackingError::Unsuited)?;
+        self.unpacker.ensure_supported().await.map_err(UnpackingError::Unsupported)?;
         let config = manifest.config.digest;
-        complete_blobs.wait_for(|here| here.contains(&config)).await.map_err(|_| UnpackingError::Incomplete)?;
+        complete_blobs.wait_for(|complete| complete.contains(&config)).await.map_err(|_| UnpackingError::Incomplete)?;
         let bytes = match LocalBlob::read(&*self.store, config).await.map_err(UnpackingError::Config)? {
             LocalBlob::Whole(bytes, _) => bytes,
             LocalBlob::Absent | LocalBlob::TooLarge(_) | LocalBlob::Damaged => return Err(UnpackingError::Unreadable),
         };
         let mut stack = LayerStack::new(RootFs::parse(&bytes)?.stack(&manifest.layers)?);
         loop {
-            complete_blobs.wait_for(|here| stack.next(here).is_some()).await.map_err(|_| UnpackingError::Incomplete)?;
+            complete_blobs
+                .wait_for(|complete| stack.next(complete).is_some())
+                .await
+                .map_err(|_| UnpackingError::Incomplete)?;
             let Some(next) = stack.next(&complete_blobs.borrow()) else { continue };
             match next {
                 NextLayer::Complete(None) => return Ok(()),
@@ -165,20 +168,20 @@ impl LayerUnpacker {
                     let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
                     let (number, of) = stack.position();
                     progress.set_unpacking(number, of);
-                    let failed = |source| UnpackingError::Layer { number, of, layer: digest, source };
+                    let layer_error = |source| UnpackingError::Layer { number, of, layer: digest, source };
                     let size =
-                        match self.unpacker.is_unpacked(layer).await.map_err(failed)? {
+                        match self.unpacker.is_unpacked(layer).await.map_err(layer_error)? {
                             true => 0,
                             false => reservation.reserve(std::slice::from_ref(&layer.blob)).await.map_err(|error| {
                                 match error {
                                     NoDiskSpace::OverLimit(source) => {
                                         UnpackingError::NoRoom { number, of, layer: digest, source }
                                     }
-                                    NoDiskSpace::Store(source) => failed(source.into()),
+                                    NoDiskSpace::Store(source) => layer_error(source.into()),
                                 }
                             })?,
                         };
-                    let unpacked = self.unpacker.unpack(layer, pin).await.map_err(failed)?;
+                    let unpacked = self.unpacker.unpack(layer, pin).await.map_err(layer_error)?;
                     reservation.record_unpacked(size);
                     self.metrics.layer_unpacked(match unpacked {
                         UnpackOutcome::Unpacked => "unpacked",

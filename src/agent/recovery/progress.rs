@@ -147,15 +147,16 @@ impl RecoveryTracker {
     /// Whether a recovery, rather than a pull, recently wrote the image record of this name with
     /// this target.
     pub(in crate::agent) fn has_recorded(&self, name: &Reference, target: Digest) -> bool {
-        let is_of = |reference: &Reference, root: Digest| {
-            root == target && (reference == name || *name == Reference::Digest(reference.repository().clone(), root))
+        let is_same_image = |reference: &Reference, digest: Digest| {
+            digest == target
+                && (reference == name || *name == Reference::Digest(reference.repository().clone(), digest))
         };
         let recoveries = self.lock();
         let is_ended = |(reference, result): &(Reference, Result<RecoveredImage, String>)| {
-            result.as_ref().is_ok_and(|recovered| is_of(reference, recovered.digest))
+            result.as_ref().is_ok_and(|recovered| is_same_image(reference, recovered.digest))
         };
         let is_recording = |(reference, progress): (&Reference, &Arc<Progress>)| {
-            progress.is_recorded() && progress.resolved().is_some_and(|(root, _)| is_of(reference, root))
+            progress.is_recorded() && progress.resolved().is_some_and(|(digest, _)| is_same_image(reference, digest))
         };
         recoveries.ended.iter().any(is_ended) || recoveries.running.iter().any(is_recording)
     }

@@ -100,13 +100,13 @@ impl Recoverer {
         stop: &CancellationToken,
     ) -> Result<RecoveredImage, RecoverError> {
         let began = Instant::now();
-        let found = stop.run_until_cancelled(self.find(request)).await.unwrap_or(Err(RecoverError::Abandoned));
-        let ResolvedImage { digest, providers, tag_note } = found?;
+        let resolved = stop.run_until_cancelled(self.find(request)).await.unwrap_or(Err(RecoverError::Abandoned));
+        let ResolvedImage { digest, providers, tag_note } = resolved?;
         progress.set_resolved(digest, providers.len());
-        let pinned = RecoveryPin::new(Arc::clone(&self.store)).await?;
+        let recovery_pin = RecoveryPin::new(Arc::clone(&self.store)).await?;
         let reference = &request.reference;
         let work = async {
-            let image = self.fetch_image(request, digest, &providers, &pinned, progress);
+            let image = self.fetch_image(request, digest, &providers, &recovery_pin, progress);
             tokio::pin!(image);
             // The claim runs beside the download: the image may be here before the API server has
             // answered.
@@ -118,23 +118,23 @@ impl Recoverer {
                     if self.blob_fetcher.zone().is_none() => image.await,
             }
         };
-        let work = pinned.renew_during(reference, work);
+        let work = recovery_pin.renew_during(reference, work);
         let fetched = stop.run_until_cancelled(work).await.unwrap_or(Err(RecoverError::Abandoned));
         let result = match fetched {
             // Not canceled from here on: a kubelet that finds the first record may start the pod
             // before the second record is written.
-            Ok((root, fetched)) => {
+            Ok((target, fetched)) => {
                 progress.mark_recorded();
-                self.record(reference, &root).await.map(|()| fetched)
+                self.record(reference, &target).await.map(|()| fetched)
             }
             Err(error) => Err(error),
         };
         if !result.as_ref().is_err_and(RecoverError::is_content_reusable) {
             // The image record holds the content now, or no retry can reuse the content. A pin that
             // is not released expires.
-            pinned.release(reference).await;
+            recovery_pin.release(reference).await;
         }
-        result.map(|fetched| RecoveredImage { tag_note, ..summarise(digest, &fetched, began.elapsed()) })
+        result.map(|fetched| RecoveredImage { tag_note, ..summarize(digest, &fetched, began.elapsed()) })
     }
 
     /// The result that a recovery begins with: the digest of the reference, and the digest's
@@ -161,10 +161,10 @@ impl Recoverer {
         let records = self.store.images().await.map_err(RecoverError::store("listing images"))?;
         // containerd 1.7 records any answer of a registry, an HTML page too. Such a record is no
         // image.
-        let named = records
+        let recorded = records
             .into_iter()
             .find(|record| record.name == name && Document::is_document_type(&record.target.media_type));
-        Ok(named.map(|record| record.target.digest))
+        Ok(recorded.map(|record| record.target.digest))
     }
 
     /// Checks that the runtime permits imports. Shortly after the agent's start the answer may be
@@ -172,7 +172,7 @@ impl Recoverer {
     async fn check_imports(&self) -> Result<(), RecoverError> {
         let mut imports = self.imports.clone();
         let known = imports.wait_for(|imports| *imports != ImportPermission::Unknown);
-        let refused = match tokio::time::timeout(IMPORTS_TIMEOUT, known).await {
+        let rejection = match tokio::time::timeout(IMPORTS_TIMEOUT, known).await {
             Ok(Ok(imports)) => match &*imports {
                 ImportPermission::Refused(reason) => Some(reason.clone()),
                 ImportPermission::Allowed | ImportPermission::Unknown => None,
@@ -182,7 +182,7 @@ impl Recoverer {
                     .to_owned(),
             ),
         };
-        refused.map_or(Ok(()), |reason| Err(RecoverError::ImportsRefused { reason }))
+        rejection.map_or(Ok(()), |reason| Err(RecoverError::ImportsRefused { reason }))
     }
 
     /// Fetches the whole image, and unpacks the layers where this node can. Only the image records
@@ -191,13 +191,13 @@ impl Recoverer {
     async fn fetch_image(
         &self,
         request: &RecoveryRequest,
-        root: Digest,
+        image_digest: Digest,
         providers: &[PeerId],
-        pinned: &RecoveryPin,
+        recovery_pin: &RecoveryPin,
         progress: &Progress,
     ) -> Result<(Descriptor, Vec<FetchedBlob>), RecoverError> {
-        let (reference, pin) = (&request.reference, pinned.pin());
-        let image = self.fetch_documents(reference, root, providers, pin).await?;
+        let (reference, pin) = (&request.reference, recovery_pin.pin());
+        let image = self.fetch_documents(reference, image_digest, providers, pin).await?;
         let plan = self.plan(&image.manifest, request.verify_layers, pin).await?;
         self.check_providers(reference, &plan)?;
         self.check_transport(reference, &plan)?;
@@ -206,7 +206,7 @@ impl Recoverer {
         let complete_blobs = watch::Sender::new(HashSet::new());
         let job = FetchJob {
             reference,
-            image_digest: root,
+            image_digest,
             pin,
             progress,
             reservation: &reservation,
@@ -218,7 +218,7 @@ impl Recoverer {
         let is_unfinished = !plan.missing.is_empty() || self.recorded_target(reference).await?.is_none();
         let layers = self.layer_reservation(&reservation);
         let blobs = match &self.layer_unpacker {
-            Some(unpacking) if is_unfinished => {
+            Some(layer_unpacker) if is_unfinished => {
                 let complete_blobs = complete_blobs.subscribe();
                 let image = UnnamedImage {
                     reference,
@@ -228,7 +228,7 @@ impl Recoverer {
                     reservation: layers,
                     complete_blobs,
                 };
-                unpacking.fetch_and_unpack(fetching, image, || pinned.remaining()).await?
+                layer_unpacker.fetch_and_unpack(fetching, image, || recovery_pin.remaining()).await?
             }
             Some(_) => fetching.await?,
             None => {
@@ -264,8 +264,8 @@ impl Recoverer {
         if !self.resolver.inventory.udp().is_blocked() {
             return Ok(());
         }
-        let refused = |source| RecoverError::NeedsUdp { reference: reference.clone(), source: Box::new(source) };
-        check_image(&plan.missing).map_err(refused)
+        let needs_udp = |source| RecoverError::NeedsUdp { reference: reference.clone(), source: Box::new(source) };
+        check_image(&plan.missing).map_err(needs_udp)
     }
 
     /// Fetches the missing blobs of the plan in pieces. The present blobs are pinned, because the
@@ -277,22 +277,22 @@ impl Recoverer {
     }
 
     /// Writes the image records, last of all: a record promises that all content is here.
-    async fn record(&self, reference: &Reference, root: &Descriptor) -> Result<(), RecoverError> {
-        if self.recorded_target(reference).await?.is_some_and(|named| named != root.digest) {
+    async fn record(&self, reference: &Reference, target: &Descriptor) -> Result<(), RecoverError> {
+        if self.recorded_target(reference).await?.is_some_and(|recorded| recorded != target.digest) {
             // The kubelet's own pull was faster, and the registry's answer is newer than the
             // peers'.
             tracing::info!(%reference, "a pull recorded other content under this name meanwhile; the record stays");
             return Ok(());
         }
-        for name in reference.record_names(root.digest) {
-            let record = ImageRecord { name, target: root.clone() };
+        for name in reference.record_names(target.digest) {
+            let record = ImageRecord { name, target: target.clone() };
             self.store.put_image(&record).await.map_err(RecoverError::store("writing the image record"))?;
         }
         Ok(())
     }
 }
 
-fn summarise(digest: Digest, blobs: &[FetchedBlob], took: Duration) -> RecoveredImage {
+fn summarize(digest: Digest, blobs: &[FetchedBlob], took: Duration) -> RecoveredImage {
     let mut recovered =
         RecoveredImage { digest, bytes: 0, fetched: 0, present: 0, providers: BTreeMap::new(), took, tag_note: None };
     for FetchedBlob { descriptor: _, from } in blobs {

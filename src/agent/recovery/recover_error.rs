@@ -222,7 +222,7 @@ impl RecoverError {
 }
 
 /// The first four digests, each with its number of nodes.
-pub(in crate::agent) fn format_digest_counts(meanings: &[(Digest, usize)]) -> String {
-    let each: Vec<_> = meanings.iter().take(4).map(|(digest, peers)| format!("{digest} on {peers}")).collect();
+pub(in crate::agent) fn format_digest_counts(digest_counts: &[(Digest, usize)]) -> String {
+    let each: Vec<_> = digest_counts.iter().take(4).map(|(digest, peers)| format!("{digest} on {peers}")).collect();
     each.join(", ")
 }

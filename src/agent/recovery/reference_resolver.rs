@@ -67,8 +67,8 @@ impl ReferenceResolver {
         request: &RecoveryRequest,
         blob_fetcher: &BlobFetcher,
     ) -> Result<(Digest, Option<String>), RecoverError> {
-        if let Some(root) = request.resolved_digest {
-            return Ok((root, None));
+        if let Some(digest) = request.resolved_digest {
+            return Ok((digest, None));
         }
         let (repository, tag) = match &request.reference {
             Reference::Digest(_, digest) => return Ok((*digest, None)),
@@ -86,11 +86,11 @@ impl ReferenceResolver {
             TagChoice::Unknown => return Err(RecoverError::NoProvider { reference: request.reference.clone() }),
             TagChoice::Disagreement => None,
             TagChoice::NeedsBuildTimes => {
-                let mut built = BTreeMap::new();
+                let mut creation_times = BTreeMap::new();
                 for (digest, peers) in &digests {
-                    built.insert(*digest, self.creation_time(*digest, peers, blob_fetcher).await);
+                    creation_times.insert(*digest, self.creation_time(*digest, peers, blob_fetcher).await);
                 }
-                newest(&built)
+                newest(&creation_times)
             }
         };
         let chosen = chosen.ok_or_else(|| RecoverError::TagDisagreement {
@@ -115,10 +115,14 @@ impl ReferenceResolver {
 
     /// The peers that have the image under the reference's own repository. With `any_repository`,
     /// all peers that have the digest.
-    pub(in crate::agent) fn providers(&self, reference: &Reference, root: Digest) -> Result<Vec<PeerId>, RecoverError> {
+    pub(in crate::agent) fn providers(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+    ) -> Result<Vec<PeerId>, RecoverError> {
         let providers = match self.options.any_repository {
-            true => self.inventory.blob_providers(root),
-            false => self.inventory.image_providers(reference.repository(), root),
+            true => self.inventory.blob_providers(digest),
+            false => self.inventory.image_providers(reference.repository(), digest),
         };
         if providers.is_empty() {
             return Err(RecoverError::NoProvider { reference: reference.clone() });
@@ -129,12 +133,12 @@ impl ReferenceResolver {
     /// Whether a recovery that begins now has a provider. Build times are not read for this.
     pub(in crate::agent) fn has_provider(&self, reference: &Reference) -> bool {
         match reference {
-            Reference::Digest(_, root) => self.providers(reference, *root).is_ok(),
+            Reference::Digest(_, digest) => self.providers(reference, *digest).is_ok(),
             Reference::Tag(repository, tag) => {
                 let digests = self.inventory.tag_digests(repository, tag);
                 let counts = digests.iter().map(|(digest, peers)| (*digest, peers.len())).collect();
                 match self.options.tag_policy.choose(&counts) {
-                    TagChoice::Digest(root) => self.providers(reference, root).is_ok(),
+                    TagChoice::Digest(digest) => self.providers(reference, digest).is_ok(),
                     TagChoice::NeedsBuildTimes => true,
                     TagChoice::Unknown | TagChoice::Disagreement => false,
                 }
@@ -150,12 +154,13 @@ impl ReferenceResolver {
         repository: &Repository,
         tag: &str,
     ) -> Option<Digest> {
-        let said = self.registry_digest(request, repository, tag).await;
-        said.inspect_err(|error| {
-            let reference = &request.reference;
-            tracing::info!(%reference, %error, "the registry did not resolve the tag; the peers' tags decide");
-        })
-        .ok()
+        let result = self.registry_digest(request, repository, tag).await;
+        result
+            .inspect_err(|error| {
+                let reference = &request.reference;
+                tracing::info!(%reference, %error, "the registry did not resolve the tag; the peers' tags decide");
+            })
+            .ok()
     }
 
     /// The tag's present digest at the source registry, or why there is no answer.
@@ -165,12 +170,12 @@ impl ReferenceResolver {
         repository: &Repository,
         tag: &str,
     ) -> Result<Digest, String> {
-        let question = async {
+        let resolution = async {
             let secrets = self.secrets(request).await;
             self.registry.resolve(repository, tag, &secrets).await
         };
-        match tokio::time::timeout(REGISTRY_TIMEOUT, question).await {
-            Ok(said) => said.map_err(|error| error.to_string()),
+        match tokio::time::timeout(REGISTRY_TIMEOUT, resolution).await {
+            Ok(result) => result.map_err(|error| error.to_string()),
             Err(_) => Err(format!("no answer within {} s", REGISTRY_TIMEOUT.as_secs())),
         }
     }
@@ -191,7 +196,7 @@ impl ReferenceResolver {
     /// The build time in the image's config. A provider sends the config, and nothing is stored.
     async fn creation_time(
         &self,
-        root: Digest,
+        image_digest: Digest,
         providers: &[PeerId],
         blob_fetcher: &BlobFetcher,
     ) -> Option<jiff::Timestamp> {
@@ -199,7 +204,7 @@ impl ReferenceResolver {
         struct Config {
             created: Option<String>,
         }
-        let mut digest = root;
+        let mut digest = image_digest;
         for _ in 0..=MAX_INDEX_DEPTH {
             let bytes = blob_fetcher.peek(digest, providers).await.ok()?;
             match Document::parse(&bytes).ok()? {

@@ -23,7 +23,7 @@ pub struct SuspectingFetcher {
 }
 
 impl SuspectingFetcher {
-    async fn report_silence<T>(&self, fetched: Result<T, FetchError>) -> Result<T, FetchError> {
+    async fn suspect_if_silent<T>(&self, fetched: Result<T, FetchError>) -> Result<T, FetchError> {
         // A peer that answers anything is alive: busy, or without admission for this agent.
         if let Err(FetchError::Unreachable { peer, silent: true, .. }) = &fetched
             && !self.udp.is_blocked()
@@ -43,7 +43,7 @@ impl PieceFetcher for SuspectingFetcher {
         layout: PieceLayout,
         on_states: StateSink<'_>,
     ) -> Result<HashChain, FetchError> {
-        self.report_silence(self.transfer.fetch_hash_chain(peer, digest, layout, on_states).await).await
+        self.suspect_if_silent(self.transfer.fetch_hash_chain(peer, digest, layout, on_states).await).await
     }
 
     async fn follow(
@@ -52,11 +52,11 @@ impl PieceFetcher for SuspectingFetcher {
         digest: Digest,
         layout: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
-        self.report_silence(self.transfer.follow(peer, digest, layout).await).await
+        self.suspect_if_silent(self.transfer.follow(peer, digest, layout).await).await
     }
 
-    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        self.report_silence(self.transfer.fetch_pieces(order, sink).await).await
+    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        self.suspect_if_silent(self.transfer.fetch_pieces(request, sink).await).await
     }
 
     fn keep_hash_chain(&self, chain: Arc<HashChain>) {
@@ -73,10 +73,10 @@ impl Fetcher for SuspectingFetcher {
         size: u64,
         sink: &mut dyn BlobSink,
     ) -> Result<BlobProof, FetchError> {
-        self.report_silence(self.transfer.fetch(peer, digest, size, sink).await).await
+        self.suspect_if_silent(self.transfer.fetch(peer, digest, size, sink).await).await
     }
 
     async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
-        self.report_silence(self.transfer.size_of(peer, digest).await).await
+        self.suspect_if_silent(self.transfer.size_of(peer, digest).await).await
     }
 }

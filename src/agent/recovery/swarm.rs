@@ -144,9 +144,9 @@ struct FetchingStage {
 }
 
 impl FetchingStage {
-    fn new(incoming: Arc<BlobDownload>) -> Self {
+    fn new(download: Arc<BlobDownload>) -> Self {
         Self {
-            download: incoming,
+            download,
             chain_requests: HashMap::new(),
             no_chain_until: HashMap::new(),
             is_verifying: false,
@@ -161,32 +161,28 @@ impl<'a> Swarm<'a> {
         blob_fetcher: &Arc<BlobFetcher>,
         claims: &Arc<ClaimCoordinator>,
         job: FetchJob<'a>,
-        at_once: usize,
+        max_downloads: usize,
     ) -> Self {
-        let FetchJob { reference, image_digest: root, pin, progress, reservation: room, complete_blobs: here } = job;
-        let (zone, waiting) = (blob_fetcher.zone(), blob_fetcher.downloads.buffer_permits());
-        let pool = PiecePicker::new(zone.clone(), rand::random());
+        let FetchJob { reference, image_digest, pin, progress, reservation, complete_blobs } = job;
+        let (zone, buffer_permits) = (blob_fetcher.zone(), blob_fetcher.downloads.buffer_permits());
+        let picker = PiecePicker::new(zone.clone(), rand::random());
         Self {
             blob_fetcher: Arc::clone(blob_fetcher),
             reference,
             pin,
             progress,
-            reservation: room,
-            complete_blobs: here,
-            shared: Arc::new(SwarmShared {
-                picker: Mutex::new(pool),
-                piece_received: Notify::new(),
-                buffer_permits: waiting,
-            }),
+            reservation,
+            complete_blobs,
+            shared: Arc::new(SwarmShared { picker: Mutex::new(picker), piece_received: Notify::new(), buffer_permits }),
             tasks: JoinSet::new(),
             queued: VecDeque::new(),
-            max_downloads: at_once.max(1),
+            max_downloads: max_downloads.max(1),
             active: HashMap::new(),
             requests: HashMap::new(),
             followed_providers: HashMap::new(),
             fetched: Vec::new(),
             refresh_at: None,
-            zone_election: zone.map(|zone| ZoneElection::new(claims.peer(), claims.node(), zone, root, now())),
+            zone_election: zone.map(|zone| ZoneElection::new(claims.peer(), claims.node(), zone, image_digest, now())),
             claims: Arc::clone(claims),
         }
     }
@@ -212,8 +208,9 @@ impl<'a> Swarm<'a> {
                 return Ok(std::mem::take(&mut self.fetched));
             }
             self.fail_if_stalled()?;
-            let zones = self.zone_election.as_ref().and_then(ZoneElection::wake_at);
-            let wake = self.shared.picker().wake_at().into_iter().chain(self.refresh_at).chain(zones).min();
+            let election_wake_at = self.zone_election.as_ref().and_then(ZoneElection::wake_at);
+            let wake_at =
+                self.shared.picker().wake_at().into_iter().chain(self.refresh_at).chain(election_wake_at).min();
             tokio::select! {
                 Some(done) = self.tasks.join_next() => match done {
                     Ok(done) => self.handle(done)?,
@@ -223,7 +220,7 @@ impl<'a> Swarm<'a> {
                 },
                 () = self.shared.piece_received.notified() => self.advance_all(),
                 Ok(()) = inventory_changes.changed() => self.refresh_within(REFRESH_DELAY),
-                () = sleep_until_some(wake) => if self.refresh_at.is_some_and(|at| at <= now()) {
+                () = sleep_until_some(wake_at) => if self.refresh_at.is_some_and(|at| at <= now()) {
                     self.refresh_at = None;
                     self.refresh_providers();
                 },
@@ -242,7 +239,7 @@ impl<'a> Swarm<'a> {
         {
             let attempts = Attempts::new(blob.digest);
             self.spawn_prepare(&blob);
-            let coming = ActiveBlob {
+            let active_blob = ActiveBlob {
                 stage: BlobStage::Preparing,
                 attempts,
                 written: 0,
@@ -250,16 +247,16 @@ impl<'a> Swarm<'a> {
                 last_progress: now(),
                 blob,
             };
-            self.active.insert(coming.blob.digest, coming);
+            self.active.insert(active_blob.blob.digest, active_blob);
         }
     }
 
     /// Follows and unfollows providers, and sends requests, as the picker decides.
     fn send_requests(&mut self) {
         let now = now();
-        let neighbors = self.shared.picker().take_follow_changes(now);
-        for neighbor in neighbors {
-            match neighbor {
+        let follow_changes = self.shared.picker().take_follow_changes(now);
+        for change in follow_changes {
+            match change {
                 FollowChange::Follow { peer, digest } => self.spawn_follow(peer, digest),
                 FollowChange::Unfollow { peer, digest } => {
                     self.followed_providers.remove(&(peer, digest)).iter().for_each(AbortHandle::abort);
@@ -268,12 +265,12 @@ impl<'a> Swarm<'a> {
         }
         // The picker has at most this many requests in flight.
         for _ in 0..MAX_IN_FLIGHT {
-            let Some(ask) = self.shared.picker().next_request(now) else { break };
-            self.spawn_request(ask);
+            let Some(request) = self.shared.picker().next_request(now) else { break };
+            self.spawn_request(request);
         }
         let superseded = self.shared.picker().take_cancellations();
-        for ask in superseded {
-            if let Some((_, _, task)) = self.requests.remove(&ask) {
+        for id in superseded {
+            if let Some((_, _, task)) = self.requests.remove(&id) {
                 task.abort();
             }
         }
@@ -287,53 +284,55 @@ impl<'a> Swarm<'a> {
 
     /// Starts the next step of a blob: the commit, or a verification.
     fn advance(&mut self, digest: Digest) {
-        let Some(coming) = self.active.get_mut(&digest) else { return };
-        let BlobStage::Fetching(fetching) = &mut coming.stage else { return };
-        let incoming = Arc::clone(&fetching.download);
-        if let Some(proof) = incoming.proof() {
-            coming.stage = BlobStage::Committing(Arc::clone(&incoming));
-            self.spawn_commit(incoming, proof);
+        let Some(active_blob) = self.active.get_mut(&digest) else { return };
+        let BlobStage::Fetching(fetching) = &mut active_blob.stage else { return };
+        let download = Arc::clone(&fetching.download);
+        if let Some(proof) = download.proof() {
+            active_blob.stage = BlobStage::Committing(Arc::clone(&download));
+            self.spawn_commit(download, proof);
         } else if !fetching.is_verifying
             && fetching.open_disputes == 0
-            && incoming.hash_chain().is_some()
-            && !incoming.unverified().is_empty()
+            && download.hash_chain().is_some()
+            && !download.unverified().is_empty()
         {
             fetching.is_verifying = true;
-            self.spawn_verification(incoming);
-        } else if !fetching.is_verifying && incoming.hash_chain().is_none() {
-            let is_alone = self.blob_fetcher.providers(&coming.attempts).len() == 1;
-            if incoming.next_prefix_check(is_alone).is_some() {
+            self.spawn_verification(download);
+        } else if !fetching.is_verifying && download.hash_chain().is_none() {
+            let has_single_provider = self.blob_fetcher.providers(&active_blob.attempts).len() == 1;
+            if download.next_prefix_check(has_single_provider).is_some() {
                 fetching.is_verifying = true;
-                self.spawn_prefix_checks(incoming, is_alone);
+                self.spawn_prefix_checks(download, has_single_provider);
             }
         }
     }
 
     fn report_progress(&mut self) {
-        for coming in self.active.values_mut() {
-            let (incoming, list_gets_on) = match &coming.stage {
+        for active_blob in self.active.values_mut() {
+            let (download, is_chain_progressing) = match &active_blob.stage {
                 BlobStage::Preparing => continue,
-                BlobStage::Fetching(FetchingStage { download: incoming, chain_requests: listing, .. }) => {
-                    (incoming, incoming.record_prefix_progress(listing, now()))
+                BlobStage::Fetching(FetchingStage { download, chain_requests, .. }) => {
+                    (download, download.record_prefix_progress(chain_requests, now()))
                 }
-                BlobStage::Committing(incoming) => (incoming, false),
+                BlobStage::Committing(download) => (download, false),
             };
-            let from = incoming.bytes_by_peer();
-            let came = from.values().sum::<u64>().min(coming.blob.size);
-            if came > coming.written || list_gets_on {
-                coming.last_progress = now();
+            let from = download.bytes_by_peer();
+            let received = from.values().sum::<u64>().min(active_blob.blob.size);
+            if received > active_blob.written || is_chain_progressing {
+                active_blob.last_progress = now();
             }
-            if let Some(zones) = &mut self.zone_election {
-                let ours = |peer: &PeerId| zones.is_own_zone(self.blob_fetcher.inventory.zone_of(*peer).as_ref());
-                let near: u64 = from.iter().filter(|(peer, _)| ours(peer)).map(|(_, bytes)| bytes).sum();
-                if near > std::mem::replace(&mut coming.same_zone_bytes, near) {
-                    zones.leader().record_zone_progress(now());
+            if let Some(election) = &mut self.zone_election {
+                let is_same_zone =
+                    |peer: &PeerId| election.is_own_zone(self.blob_fetcher.inventory.zone_of(*peer).as_ref());
+                let same_zone_bytes: u64 =
+                    from.iter().filter(|(peer, _)| is_same_zone(peer)).map(|(_, bytes)| bytes).sum();
+                if same_zone_bytes > std::mem::replace(&mut active_blob.same_zone_bytes, same_zone_bytes) {
+                    election.leader().record_zone_progress(now());
                 }
             }
-            self.progress.update_blob(coming.blob.digest, came, from.into_keys());
+            self.progress.update_blob(active_blob.blob.digest, received, from.into_keys());
             // The file system counts these bytes from now on.
-            self.reservation.record_written(came.saturating_sub(coming.written));
-            coming.written = coming.written.max(came);
+            self.reservation.record_written(received.saturating_sub(active_blob.written));
+            active_blob.written = active_blob.written.max(received);
         }
     }
 
@@ -342,22 +341,24 @@ impl<'a> Swarm<'a> {
     fn fail_if_stalled(&mut self) -> Result<(), RecoverError> {
         let now = now();
         // This node does not lead its zone yet, and will request from other zones later.
-        let is_waiting = self.zone_election.as_mut().is_some_and(|zones| !zones.leader().update_is_leading(now));
-        let is_hopeless = |coming: &&mut ActiveBlob| {
-            let BlobStage::Fetching(fetching) = &coming.stage else { return false };
-            let digest = coming.blob.digest;
-            let is_asked = fetching.is_verifying || self.requests.values().any(|(_, asked, _)| *asked == digest);
-            let is_asking = !fetching.chain_requests.is_empty() || fetching.open_disputes > 0;
-            let is_late = !is_waiting && now.saturating_duration_since(coming.last_progress) > STALL_TIMEOUT;
-            !is_asked && (is_late || (!is_asking && self.blob_fetcher.providers(&coming.attempts).is_empty()))
+        let is_waiting = self.zone_election.as_mut().is_some_and(|election| !election.leader().update_is_leading(now));
+        let is_hopeless = |active_blob: &&mut ActiveBlob| {
+            let BlobStage::Fetching(fetching) = &active_blob.stage else { return false };
+            let digest = active_blob.blob.digest;
+            let is_in_flight =
+                fetching.is_verifying || self.requests.values().any(|(_, requested, _)| *requested == digest);
+            let awaits_chain = !fetching.chain_requests.is_empty() || fetching.open_disputes > 0;
+            let is_late = !is_waiting && now.saturating_duration_since(active_blob.last_progress) > STALL_TIMEOUT;
+            !is_in_flight
+                && (is_late || (!awaits_chain && self.blob_fetcher.providers(&active_blob.attempts).is_empty()))
         };
-        let Some(coming) = self.active.values_mut().find(is_hopeless) else { return Ok(()) };
+        let Some(active_blob) = self.active.values_mut().find(is_hopeless) else { return Ok(()) };
         // The blob stays in `active`, so its download is closed with the others.
-        let mut attempts = std::mem::replace(&mut coming.attempts, Attempts::new(coming.blob.digest));
-        if let BlobStage::Fetching(FetchingStage { chain_requests: listing, .. }) = &coming.stage {
-            for (peer, since) in listing {
+        let mut attempts = std::mem::replace(&mut active_blob.attempts, Attempts::new(active_blob.blob.digest));
+        if let BlobStage::Fetching(FetchingStage { chain_requests, .. }) = &active_blob.stage {
+            for (peer, since) in chain_requests {
                 let seconds = now.saturating_duration_since(*since).as_secs();
-                attempts.record(*peer, FetchError::Stalled { peer: *peer, digest: coming.blob.digest, seconds });
+                attempts.record(*peer, FetchError::Stalled { peer: *peer, digest: active_blob.blob.digest, seconds });
             }
         }
         Err(attempts.into_error())
@@ -366,20 +367,20 @@ impl<'a> Swarm<'a> {
 
 impl Drop for Swarm<'_> {
     fn drop(&mut self) {
-        for coming in self.active.values() {
-            if let BlobStage::Fetching(FetchingStage { download: incoming, .. }) | BlobStage::Committing(incoming) =
-                &coming.stage
+        for active_blob in self.active.values() {
+            if let BlobStage::Fetching(FetchingStage { download, .. }) | BlobStage::Committing(download) =
+                &active_blob.stage
             {
                 // Followers see the end of the download.
-                self.blob_fetcher.downloads.remove(incoming);
+                self.blob_fetcher.downloads.remove(download);
             }
         }
     }
 }
 
 /// Sleeps until the moment; forever without one.
-async fn sleep_until_some(moment: Option<Instant>) {
-    match moment {
+async fn sleep_until_some(deadline: Option<Instant>) {
+    match deadline {
         Some(moment) => tokio::time::sleep_until(moment.into()).await,
         None => std::future::pending().await,
     }

@@ -49,7 +49,7 @@ pub struct OwnImagePorts {
 pub struct OwnImageController {
     ports: OwnImagePorts,
     recoverer: Arc<Recoverer>,
-    board: RecoveryTracker,
+    tracker: RecoveryTracker,
     metrics: Metrics,
     dry_run: bool,
     status: watch::Sender<Option<OwnImageStatus>>,
@@ -82,26 +82,26 @@ impl OwnImageController {
     pub fn new(
         ports: OwnImagePorts,
         recoverer: Arc<Recoverer>,
-        board: RecoveryTracker,
+        tracker: RecoveryTracker,
         metrics: Metrics,
         dry_run: bool,
         status: watch::Sender<Option<OwnImageStatus>>,
     ) -> Self {
-        let own = OwnImages::default();
-        let (failed, fetching, work) = (BTreeMap::new(), None, JoinSet::new());
-        let named = watch::Sender::default();
+        let images = OwnImages::default();
+        let (failed_attempts, fetching, tasks) = (BTreeMap::new(), None, JoinSet::new());
+        let kept_references = watch::Sender::default();
         Self {
             ports,
             recoverer,
-            board,
+            tracker,
             metrics,
             dry_run,
             status,
-            kept_references: named,
-            images: own,
-            failed_attempts: failed,
+            kept_references,
+            images,
+            failed_attempts,
             fetching,
-            tasks: work,
+            tasks,
         }
     }
 
@@ -112,20 +112,21 @@ impl OwnImageController {
 
     /// Runs until stopped. Protections stay, because they serve the time without an agent.
     pub async fn run(mut self, stop: CancellationToken) {
-        let (mut read_at, mut look_at) = (Instant::now() + jittered(FIRST_READ), Instant::now() + jittered(FIRST_READ));
+        let (mut read_at, mut reconcile_at) =
+            (Instant::now() + jittered(FIRST_READ), Instant::now() + jittered(FIRST_READ));
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 () = sleep_until(read_at) => {
                     read_at = Instant::now() + jittered(self.read_daemonset().await);
-                    look_at = Instant::now();
+                    reconcile_at = Instant::now();
                 }
                 Some(ended) = self.tasks.join_next() => {
                     self.on_fetched(ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())));
-                    look_at = Instant::now();
+                    reconcile_at = Instant::now();
                 }
-                () = sleep_until(look_at) => {
-                    look_at = Instant::now() + jittered(RECORD_PERIOD);
+                () = sleep_until(reconcile_at) => {
+                    reconcile_at = Instant::now() + jittered(RECORD_PERIOD);
                     if let Err(error) = self.reconcile(&stop).await {
                         tracing::debug!(%error, "cannot read or write the records of the agent's own images");
                     }
@@ -138,18 +139,18 @@ impl OwnImageController {
     /// Reads the DaemonSet. A failed read keeps the earlier result. Returns the mean interval.
     async fn read_daemonset(&mut self) -> Duration {
         match self.ports.daemonset.own_images().await {
-            Ok(own) => {
-                if own.template.is_some() && own.template != self.images.template {
-                    let images = joined(own.template.iter().flatten());
+            Ok(own_images) => {
+                if own_images.template.is_some() && own_images.template != self.images.template {
+                    let images = join_references(own_images.template.iter().flatten());
                     tracing::info!(images, "the agent's DaemonSet names these images");
                 }
-                self.images = own;
+                self.images = own_images;
                 self.failed_attempts
                     .retain(|image, _| self.images.template.iter().flatten().any(|named| named == image));
                 self.kept_references.send_if_modified(|before| {
-                    let named = self.images.named();
-                    let changed = **before != named;
-                    *before = Arc::new(named);
+                    let references = self.images.named();
+                    let changed = **before != references;
+                    *before = Arc::new(references);
                     changed
                 });
             }
@@ -201,7 +202,7 @@ impl OwnImageController {
             is_switched_off: self.dry_run || self.recoverer.policy.borrow().opt_in.kill_switch,
             may_import: *self.recoverer.imports.borrow() == ImportPermission::Allowed,
             has_provider: match image {
-                Reference::Digest(_, root) => resolver.providers(image, *root).is_ok(),
+                Reference::Digest(_, digest) => resolver.providers(image, *digest).is_ok(),
                 // The registry decides the tag's content.
                 Reference::Tag(repository, tag) => !resolver.inventory.tag_digests(repository, tag).is_empty(),
             },
@@ -215,18 +216,19 @@ impl OwnImageController {
         }
         self.fetching = Some(image.clone());
         let (recoverer, metrics, stop) = (Arc::clone(&self.recoverer), self.metrics.clone(), stop.clone());
-        let wanted = RecoveryRequest { pull_secrets: self.images.pull_secrets.clone(), ..RecoveryRequest::from(image) };
-        let progress = self.board.begin(&wanted.reference);
-        self.tasks.spawn(async move { fetch(&recoverer, &metrics, wanted, step, &progress, &stop).await });
+        let request =
+            RecoveryRequest { pull_secrets: self.images.pull_secrets.clone(), ..RecoveryRequest::from(image) };
+        let progress = self.tracker.begin(&request.reference);
+        self.tasks.spawn(async move { fetch(&recoverer, &metrics, request, step, &progress, &stop).await });
     }
 
     fn on_fetched(&mut self, result: Result<RecoveredImage, OwnImageError>) {
         let Some(image) = self.fetching.take() else { return };
         match &result {
-            Ok(RecoveredImage { digest: root, bytes, fetched, took, .. }) => {
+            Ok(RecoveredImage { digest, bytes, fetched, took, .. }) => {
                 self.failed_attempts.remove(&image);
                 tracing::info!(
-                    %image, %root, bytes, fetched, ?took,
+                    %image, %digest, bytes, fetched, ?took,
                     "the next image of the agent's DaemonSet is on this node"
                 );
             }
@@ -241,7 +243,7 @@ impl OwnImageController {
                 self.failed_attempts.insert(image.clone(), failed);
             }
         }
-        self.board.end(&image, result.map_err(|error| error.to_string()));
+        self.tracker.end(&image, result.map_err(|error| error.to_string()));
     }
 
     fn publish_status(&self, recorded: &BTreeSet<Reference>, steps: &BTreeMap<&Reference, OwnImageStep>) {
@@ -280,26 +282,26 @@ impl OwnImageController {
 async fn fetch(
     recoverer: &Recoverer,
     metrics: &Metrics,
-    mut wanted: RecoveryRequest,
+    mut request: RecoveryRequest,
     step: OwnImageStep,
     progress: &Progress,
     stop: &CancellationToken,
 ) -> Result<RecoveredImage, OwnImageError> {
-    if let (OwnImageStep::AskRegistry, Reference::Tag(repository, tag)) = (step, &wanted.reference) {
-        let asked = stop.run_until_cancelled(recoverer.resolver.registry_digest(&wanted, repository, tag)).await;
-        let answer = asked.ok_or(RecoverError::Abandoned)?;
-        wanted.resolved_digest = Some(answer.map_err(OwnImageError::TagUnresolved)?);
+    if let (OwnImageStep::AskRegistry, Reference::Tag(repository, tag)) = (step, &request.reference) {
+        let resolved = stop.run_until_cancelled(recoverer.resolver.registry_digest(&request, repository, tag)).await;
+        let answer = resolved.ok_or(RecoverError::Abandoned)?;
+        request.resolved_digest = Some(answer.map_err(OwnImageError::TagUnresolved)?);
     }
     metrics.recovery_started();
     let began = Instant::now();
-    let result = recoverer.recover(&wanted, progress, stop).await;
+    let result = recoverer.recover(&request, progress, stop).await;
     let outcome = match &result {
         Ok(recovered) if recovered.fetched == 0 => RecoveryOutcome::AlreadyHere,
         Ok(_) => RecoveryOutcome::Recovered,
         Err(error) => error.outcome(),
     };
     metrics.recovery_ended(outcome, began.elapsed());
-    stop.run_until_cancelled(recoverer.claims.release_all(&wanted.reference)).await;
+    stop.run_until_cancelled(recoverer.claims.release_all(&request.reference)).await;
     result.map_err(OwnImageError::Recovery)
 }
 
@@ -316,6 +318,6 @@ fn jittered(mean: Duration) -> Duration {
     mean.mul_f64(0.5 + rand::random::<f64>())
 }
 
-fn joined<'a>(images: impl Iterator<Item = &'a Reference>) -> String {
+fn join_references<'a>(images: impl Iterator<Item = &'a Reference>) -> String {
     images.map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }

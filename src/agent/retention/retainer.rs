@@ -166,8 +166,8 @@ impl Retainer {
             Ok(is_manifest) => is_manifest,
             Err(error) => return self.on_failure("reading a manifest", &error),
         };
-        let held = |manifest| self.image_leases.get(&manifest).is_some_and(|held| held.layers.contains(&digest));
-        if !is_manifest && self.images.images_with(digest).all(held) {
+        let is_leased = |manifest| self.image_leases.get(&manifest).is_some_and(|held| held.layers.contains(&digest));
+        if !is_manifest && self.images.images_with(digest).all(is_leased) {
             return Instant::now() + LIST_PERIOD;
         }
         match self.apply_decisions(now).await {
@@ -225,16 +225,15 @@ impl Retainer {
     async fn list_leases(&mut self) -> Result<(), StoreError> {
         (self.image_leases, self.superseded_leases) = (BTreeMap::new(), Vec::new());
         for lease in self.leases.layer_leases().await? {
-            self.images.remember_use(lease.manifest, lease.last_use);
-            let says_used = lease.last_use.is_some();
-            let held =
-                ImageLease { pin: lease.pin, expires: lease.expires, layers: lease.layers, records_use: says_used };
+            self.images.record_last_use(lease.manifest, lease.last_use);
+            let records_use = lease.last_use.is_some();
+            let image_lease = ImageLease { pin: lease.pin, expires: lease.expires, layers: lease.layers, records_use };
             match self.image_leases.get_mut(&lease.manifest) {
-                Some(older) if older.expires < held.expires => {
-                    self.superseded_leases.push(std::mem::replace(older, held).pin);
+                Some(older) if older.expires < image_lease.expires => {
+                    self.superseded_leases.push(std::mem::replace(older, image_lease).pin);
                 }
-                Some(_) => self.superseded_leases.push(held.pin),
-                None => drop(self.image_leases.insert(lease.manifest, held)),
+                Some(_) => self.superseded_leases.push(image_lease.pin),
+                None => drop(self.image_leases.insert(lease.manifest, image_lease)),
             }
         }
         self.is_lease_list_known = true;
@@ -276,11 +275,12 @@ impl Retainer {
 
     /// The leases with those of their layers that are here or are being fetched.
     fn leased(&self) -> BTreeMap<Digest, LayerLease> {
-        let sized = |(manifest, held): (&Digest, &ImageLease)| {
-            let layers = held.layers.iter().filter_map(|layer| Some((*layer, self.images.size_in(*manifest, *layer)?)));
+        let sized = |(manifest, lease): (&Digest, &ImageLease)| {
+            let layers =
+                lease.layers.iter().filter_map(|layer| Some((*layer, self.images.size_in(*manifest, *layer)?)));
             (
                 *manifest,
-                LayerLease { layers: layers.collect(), expires: held.expires, is_marked_used: held.records_use },
+                LayerLease { layers: layers.collect(), expires: lease.expires, is_marked_used: lease.records_use },
             )
         };
         self.image_leases.iter().map(sized).collect()
@@ -293,16 +293,16 @@ impl Retainer {
     async fn apply(&mut self, action: LeaseAction, collect: bool, now: SystemTime) -> Result<(), StoreError> {
         match action {
             LeaseAction::Release(manifest) => {
-                if let Some(held) = self.image_leases.remove(&manifest) {
-                    tracing::info!(%manifest, layers = held.layers.len(), "layers are released");
-                    self.leases.end_lease(held.pin, collect).await?;
+                if let Some(lease) = self.image_leases.remove(&manifest) {
+                    tracing::info!(%manifest, layers = lease.layers.len(), "layers are released");
+                    self.leases.end_lease(lease.pin, collect).await?;
                 }
             }
             LeaseAction::Retain(manifest, layers) => {
                 if !self.image_leases.contains_key(&manifest) {
-                    let held = self.new_lease(manifest, now).await?;
+                    let lease = self.new_lease(manifest, now).await?;
                     tracing::info!(%manifest, layers = layers.len(), "layers are retained");
-                    self.image_leases.insert(manifest, held);
+                    self.image_leases.insert(manifest, lease);
                 }
                 self.add_layers(manifest, layers).await?;
             }
@@ -328,17 +328,17 @@ impl Retainer {
     /// Names the layers in the image's lease, the smallest first, because small layers arrive
     /// first.
     async fn add_layers(&mut self, manifest: Digest, layers: BTreeSet<Digest>) -> Result<(), StoreError> {
-        let Some(held) = self.image_leases.get_mut(&manifest) else { return Ok(()) };
-        let pin = held.pin.clone();
+        let Some(lease) = self.image_leases.get_mut(&manifest) else { return Ok(()) };
+        let pin = lease.pin.clone();
         let mut ordered: Vec<_> = layers.into_iter().collect();
         ordered.sort_by_key(|layer| self.images.size_in(manifest, *layer));
         let leases = &self.leases;
-        let naming = ordered.into_iter().map(|layer| {
+        let additions = ordered.into_iter().map(|layer| {
             let pin = &pin;
             async move { leases.add_layer(pin, layer).await.map(|()| layer) }
         });
-        let named: Vec<_> = stream::iter(naming).buffer_unordered(MAX_CONCURRENT_ADDS).try_collect().await?;
-        held.layers.extend(named);
+        let added: Vec<_> = stream::iter(additions).buffer_unordered(MAX_CONCURRENT_ADDS).try_collect().await?;
+        lease.layers.extend(added);
         Ok(())
     }
 

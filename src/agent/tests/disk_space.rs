@@ -32,13 +32,13 @@ async fn node(disks: Disks) -> TestNode {
     node
 }
 
-async fn refused_by(disks: Disks) -> OverLimit {
+async fn rejection_by(disks: Disks) -> OverLimit {
     let node = node(disks).await;
     let request = IMAGE.parse::<Reference>().unwrap().into();
     let recovered = node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await;
     assert!(node.record_names().await.is_empty());
     match recovered {
-        Err(RecoverError::OverLimit(refused)) => refused,
+        Err(RecoverError::OverLimit(rejection)) => rejection,
         other => panic!("{other:?}"),
     }
 }
@@ -53,15 +53,15 @@ async fn an_image_is_recovered_above_the_eviction_threshold() {
 #[tokio::test(start_paused = true)]
 async fn the_error_names_the_full_disk_and_nothing_is_fetched() {
     let disks = Disks { content: disk(1, 50 * GIB, 100 * GIB), snapshots: disk(2, 3 * GIB, 20 * GIB) };
-    let refused = refused_by(disks).await;
-    assert!(matches!(refused, OverLimit::Disk { volume: Volume::Snapshots, .. }), "{refused}");
+    let rejection = rejection_by(disks).await;
+    assert!(matches!(rejection, OverLimit::Disk { volume: Volume::Snapshots, .. }), "{rejection}");
     let disks = Disks { content: disk(1, 15 * GIB, 100 * GIB), snapshots: disk(2, 19 * GIB, 20 * GIB) };
-    let refused = refused_by(disks).await;
-    assert!(matches!(refused, OverLimit::Disk { volume: Volume::Content, .. }), "{refused}");
+    let rejection = rejection_by(disks).await;
+    assert!(matches!(rejection, OverLimit::Disk { volume: Volume::Content, .. }), "{rejection}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn freed_space_restarts_the_refused_recovery() {
+async fn freed_space_restarts_the_rejected_recovery() {
     let node = node(one_disk(15 * GIB)).await;
     let mut controller = RunningController::start(&node);
     controller.send_pod(failing_pod("web", IMAGE, REFUSED)).await;

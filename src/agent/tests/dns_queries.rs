@@ -18,7 +18,7 @@ use crate::model::MeshStatus;
 use crate::ports::{MeshSource, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
-const SEED: &str = "lighterman-peers.lighterman.svc:4701";
+const BOOTSTRAP_NAME: &str = "lighterman-peers.lighterman.svc:4701";
 const POD_RESOLV_CONF: &str =
     "nameserver 10.96.0.10\nsearch lighterman.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5\n";
 
@@ -51,8 +51,9 @@ impl CountingResolver {
         let names = std::mem::take(&mut *self.names.lock().unwrap());
         let queries_of = |name: &String| {
             let host = name.split(':').next().unwrap_or_default();
-            let searched = POD_RESOLV_CONF.lines().find_map(|line| line.strip_prefix("search")).unwrap_or_default();
-            let below = if host.ends_with('.') { 0 } else { searched.split_whitespace().count() };
+            let search_domains =
+                POD_RESOLV_CONF.lines().find_map(|line| line.strip_prefix("search")).unwrap_or_default();
+            let below = if host.ends_with('.') { 0 } else { search_domains.split_whitespace().count() };
             2 * (below + 1)
         };
         names.iter().map(queries_of).sum()
@@ -73,9 +74,11 @@ impl MeshSource for NoMesh {
 async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
     let (identity, admission) = (Identity::generate(), Arc::new(StaticAdmission::new([])));
     let node: NodeName = "here".parse().unwrap();
-    let (table, metrics, folder) = (SharedInventory::default(), Metrics::new(), tempfile::tempdir().unwrap());
+    let (shared_inventory, metrics, folder) =
+        (SharedInventory::default(), Metrics::new(), tempfile::tempdir().unwrap());
     let config = mesh::Config { listen: loopback() };
-    let started = mesh::start(config, node.clone(), &identity, table.clone(), admission.clone(), metrics.clone());
+    let started =
+        mesh::start(config, node.clone(), &identity, shared_inventory.clone(), admission.clone(), metrics.clone());
     // The mesh task does not run: the test itself sends the membership events.
     let (mesh, _task, _) = started.await.unwrap();
     let (admitted_in, admitted) = mpsc::channel(1);
@@ -93,7 +96,7 @@ async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
     let answer = (0..listed).map(address).collect();
     let resolver = Arc::new(CountingResolver { answer, names: Mutex::default() });
     let (events_in, events) = mpsc::channel(up.max(1).into());
-    let inventory = PeerInventory::new(table);
+    let inventory = PeerInventory::new(shared_inventory);
     for number in 0..up {
         let node = format!("node-{number}").parse().unwrap();
         let (transfer, gossip) = (address(number), address(number));
@@ -102,7 +105,7 @@ async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
         events_in.send(MembershipEvent::Up(peer)).await.unwrap();
     }
     let joiner = Joiner {
-        bootstrap_names: vec![SEED.to_owned()],
+        bootstrap_names: vec![BOOTSTRAP_NAME.to_owned()],
         resolver: resolver.clone(),
         peers_file: folder.path().join("peers.json"),
         transfer,

@@ -76,7 +76,7 @@ fn for_this_platform(manifest: &Descriptor) -> Descriptor {
 }
 
 fn unnamed() -> Recipe {
-    Recipe { layers: vec![3000], index: true, unnamed: true, ..Recipe::default() }
+    Recipe { layers: vec![3000], index: true, without_platforms: true, ..Recipe::default() }
 }
 
 #[tokio::test(start_paused = true)]
@@ -99,23 +99,23 @@ async fn an_image_that_cri_could_not_size_waits_for_the_missing_document() {
     let sized = image.blobs.last().unwrap();
     peer_store.remove_blob(sized.digest);
     node.announce_store(1, peer_store, Behaviour::Honest).await;
-    let refused = recover(&node).await;
+    let rejected = recover(&node).await;
     assert!(
-        matches!(&refused, Err(RecoverError::BlobsWithoutProvider { blobs, .. }) if blobs[..] == [sized.digest]),
-        "{refused:?}"
+        matches!(&rejected, Err(RecoverError::BlobsWithoutProvider { blobs, .. }) if blobs[..] == [sized.digest]),
+        "{rejected:?}"
     );
     assert!(node.record_names().await.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_entry_without_a_platform_is_refused_if_its_config_names_another_platform() {
+async fn an_entry_without_a_platform_is_rejected_if_its_config_names_another_platform() {
     let (node, peer_store) = (TestNode::new(), Arc::new(MemoryStore::new()));
     let recipe = Recipe { architecture: Some("s390x".into()), ..unnamed() };
     let image = make_image(&*peer_store, &[IMAGE.into()], &recipe, 7).await.unwrap();
     node.announce_store(1, peer_store, Behaviour::Honest).await;
-    let refused = recover(&node).await;
+    let rejected = recover(&node).await;
     let index_digest = image.target.digest;
-    assert!(matches!(refused, Err(RecoverError::NoPlatform { digest, .. }) if digest == index_digest), "{refused:?}");
+    assert!(matches!(rejected, Err(RecoverError::NoPlatform { digest, .. }) if digest == index_digest), "{rejected:?}");
     let layer = &image.blobs[2];
     assert!(node.fetcher.served().iter().all(|(_, digest)| *digest != layer.digest), "no layer is fetched");
     node.store.collect();
@@ -133,12 +133,13 @@ async fn a_manifest_outside_an_index_is_accepted_for_any_platform() {
 
 /// A store with an index for two platforms and the image of one platform: this node's if `ours`,
 /// or s390x.
-async fn with_one_platform(ours: bool) -> Arc<MemoryStore> {
+async fn with_one_platform(is_own_platform: bool) -> Arc<MemoryStore> {
     let (store, other) = (Arc::new(MemoryStore::new()), MemoryStore::new());
-    let (first, second): (&MemoryStore, &MemoryStore) = if ours { (&other, &store) } else { (&store, &other) };
-    let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
+    let (first, second): (&MemoryStore, &MemoryStore) =
+        if is_own_platform { (&other, &store) } else { (&store, &other) };
+    let other_platform = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
     let entries = [
-        Descriptor { platform: Some(elsewhere), ..put_image(first, &[], &[5], 1).await.unwrap().target },
+        Descriptor { platform: Some(other_platform), ..put_image(first, &[], &[5], 1).await.unwrap().target },
         for_this_platform(&put_image(second, &[], &[5], 2).await.unwrap().target),
     ];
     let index = serde_json::json!({"schemaVersion": 2, "manifests": entries}).to_string();

@@ -22,13 +22,13 @@ enum InitialContent {
 
 /// Runs a recovery up to the kill point and restarts the store. Returns `None` if the recovery ends
 /// before the kill point.
-async fn recover_until_killed(killed_at: KillPoint, before: InitialContent) -> Option<TestNode> {
+async fn recover_until_killed(killed_at: KillPoint, initial: InitialContent) -> Option<TestNode> {
     let node = TestNode::new();
     let recipe = Recipe { layers: vec![1_500_000, 200], index: true, ..Recipe::default() };
     let peer_store = Arc::new(MemoryStore::new());
     make_image(&*peer_store, &[IMAGE.into()], &recipe, 7).await.unwrap();
     node.announce_store(1, peer_store, Behaviour::Honest).await;
-    if before == InitialContent::Damaged {
+    if initial == InitialContent::Damaged {
         let image = make_image(&*node.store, &["r.test/kept:1".into()], &recipe, 7).await.unwrap();
         node.store.corrupt(image.blobs[0].digest);
     }
@@ -72,11 +72,11 @@ async fn assert_records_are_whole(store: &MemoryStore, when: &str) {
 
 /// Runs `check` after a kill before and after every step. Returns the number of steps in a whole
 /// recovery.
-async fn at_every_step(before: InitialContent, check: impl AsyncFn(TestNode, String)) -> usize {
+async fn at_every_step(initial: InitialContent, check: impl AsyncFn(TestNode, String)) -> usize {
     for step in 0.. {
         for killed_at in [KillPoint::Before(step), KillPoint::After(step)] {
-            match recover_until_killed(killed_at, before).await {
-                Some(node) => check(node, format!("killed at {killed_at:?} with {before:?}")).await,
+            match recover_until_killed(killed_at, initial).await {
+                Some(node) => check(node, format!("killed at {killed_at:?} with {initial:?}")).await,
                 None => return step,
             }
         }
@@ -86,8 +86,8 @@ async fn at_every_step(before: InitialContent, check: impl AsyncFn(TestNode, Str
 
 #[tokio::test(start_paused = true)]
 async fn a_killed_recovery_leaves_only_whole_image_records_and_the_retry_completes() {
-    for (before, least) in [(InitialContent::Empty, 15), (InitialContent::Damaged, 10)] {
-        let steps = at_every_step(before, async |node, when| {
+    for (initial, min_steps) in [(InitialContent::Empty, 15), (InitialContent::Damaged, 10)] {
+        let steps = at_every_step(initial, async |node, when| {
             assert_records_are_whole(&node.store, &when).await;
             node.store.collect();
             assert_records_are_whole(&node.store, &format!("{when} and collected")).await;
@@ -102,7 +102,7 @@ async fn a_killed_recovery_leaves_only_whole_image_records_and_the_retry_complet
             assert_eq!(missing_content_of(&node.store, digest).await, None, "{when}");
             assert!(node.record_names().await.contains(&IMAGE.to_owned()), "{when}");
         });
-        assert!(steps.await >= least, "fewer than {least} steps with {before:?}");
+        assert!(steps.await >= min_steps, "fewer than {min_steps} steps with {initial:?}");
     }
 }
 

@@ -180,12 +180,12 @@ async fn an_image_without_space_for_its_layers_is_recorded_once_there_is_space()
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.store.set_disks(two_disks(60_000));
     let unpacker = unpacker(&node, UnpackBehaviour::FillsAt(1));
-    let refused = recover(&node, &unpacker).await.unwrap_err();
-    let RecoverError::NoRoomToUnpack(OverLimit::Disk { free, floor, .. }) = &refused else { panic!("{refused}") };
+    let rejected = recover(&node, &unpacker).await.unwrap_err();
+    let RecoverError::NoRoomToUnpack(OverLimit::Disk { free, floor, .. }) = &rejected else { panic!("{rejected}") };
     assert_eq!((*free, *floor), (200, 30_000));
     assert!(
-        refused.to_string().contains("the file system of containerd's snapshotter has 200 bytes free"),
-        "{refused}"
+        rejected.to_string().contains("the file system of containerd's snapshotter has 200 bytes free"),
+        "{rejected}"
     );
     assert!(node.record_names().await.is_empty());
     assert_eq!(unpacker.calls.lock().unwrap().len(), 1, "only the layer that fits is unpacked");
@@ -201,14 +201,14 @@ async fn an_image_that_fills_the_disk_while_unpacking_is_not_recorded() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::FullAt(2));
-    let refused = recover(&node, &unpacker).await.unwrap_err();
-    assert!(matches!(refused, RecoverError::Store { source: StoreError::Full(_), .. }), "{refused}");
-    assert!(refused.to_string().contains("containerd's snapshotter"), "{refused}");
+    let rejected = recover(&node, &unpacker).await.unwrap_err();
+    assert!(matches!(rejected, RecoverError::Store { source: StoreError::Full(_), .. }), "{rejected}");
+    assert!(rejected.to_string().contains("containerd's snapshotter"), "{rejected}");
     assert!(node.record_names().await.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unsuited_unpacker_counts_and_reports_nothing() {
+async fn an_unsupported_unpacker_counts_and_reports_nothing() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::Unsupported);

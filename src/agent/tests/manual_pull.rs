@@ -125,7 +125,7 @@ async fn a_client_that_disconnects_cancels_its_pull() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_third_concurrent_manual_pull_is_refused_as_busy() {
+async fn a_third_concurrent_manual_pull_is_rejected_as_busy() {
     let node = TestNode::new();
     let other = "r.test/shop/basket:v1";
     node.add_provider(1, IMAGE, Behaviour::Hangs).await;

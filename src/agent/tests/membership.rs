@@ -65,11 +65,16 @@ impl Fleet {
         StaticAdmission::new(self.identities.iter().map(Identity::peer_id))
     }
 
-    async fn start(&self, number: usize, seeds: &[SocketAddr]) -> RunningAgent {
-        self.start_with(number, seeds, Arc::new(self.admission())).await
+    async fn start(&self, number: usize, bootstrap_addresses: &[SocketAddr]) -> RunningAgent {
+        self.start_with(number, bootstrap_addresses, Arc::new(self.admission())).await
     }
 
-    async fn start_with(&self, number: usize, seeds: &[SocketAddr], admission: Arc<dyn Admission>) -> RunningAgent {
+    async fn start_with(
+        &self,
+        number: usize,
+        bootstrap_addresses: &[SocketAddr],
+        admission: Arc<dyn Admission>,
+    ) -> RunningAgent {
         let (folder, name) = (self.folder(number), format!("node-{number}"));
         std::fs::create_dir_all(&folder).unwrap();
         let node: NodeName = name.parse().unwrap();
@@ -90,7 +95,7 @@ impl Fleet {
             pods,
             readiness_checks: Vec::new(),
         };
-        let settings = settings(node.clone(), &folder, seeds);
+        let settings = settings(node.clone(), &folder, bootstrap_addresses);
         let transfer = transfer::Config { listen: loopback(), gossip_port: 0, node, concurrent_uploads: 4 };
         let mesh = mesh::Config { listen: loopback() };
         let (identity, metrics) = (self.identities[number].clone(), Metrics::new());
@@ -103,11 +108,11 @@ impl Fleet {
     }
 }
 
-fn settings(node: NodeName, folder: &Path, seeds: &[SocketAddr]) -> Settings {
+fn settings(node: NodeName, folder: &Path, bootstrap_addresses: &[SocketAddr]) -> Settings {
     Settings {
         node,
         admin_listen: loopback(),
-        join_addresses: seeds.iter().map(ToString::to_string).collect(),
+        join_addresses: bootstrap_addresses.iter().map(ToString::to_string).collect(),
         advertise: None,
         zone: None,
         key_file: folder.join("unused"),
@@ -248,15 +253,16 @@ impl Admission for RenewingAdmission {
 async fn a_renewed_credential_is_sent_to_the_peers_that_have_the_old_credential() {
     within(async {
         let fleet = Fleet::of(2);
-        let (ours, theirs) = (RenewingAdmission::new(fleet.admission()), RenewingAdmission::new(fleet.admission()));
-        let first = fleet.start_with(0, &[], ours.clone()).await;
-        let second = fleet.start_with(1, &[first.transfer], theirs.clone()).await;
+        let (first_admission, second_admission) =
+            (RenewingAdmission::new(fleet.admission()), RenewingAdmission::new(fleet.admission()));
+        let first = fleet.start_with(0, &[], first_admission.clone()).await;
+        let second = fleet.start_with(1, &[first.transfer], second_admission.clone()).await;
         for agent in [&first, &second] {
             agent.wait_for_peers(1).await;
         }
-        let mut introduced = theirs.introduced.subscribe();
+        let mut introduced = second_admission.introduced.subscribe();
         for renewals in 0..3 {
-            ours.renewals.send_replace(renewals);
+            first_admission.renewals.send_replace(renewals);
             introduced.wait_for(|shown| *shown == RenewingAdmission::credential_after(renewals)).await.unwrap();
         }
         for agent in [second, first] {

@@ -80,7 +80,7 @@ async fn notifications_sent_without_an_api_server_have_the_same_id() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unavailable_receiver_is_retried_and_a_refusal_is_not() {
+async fn an_unavailable_receiver_is_retried_and_a_rejection_is_not() {
     let (test_node, receiver) = (TestNode::new(), Arc::new(MemoryNotifier::default()));
     let node = NotifyingNode::start(&test_node, "a", &receiver);
     receiver.set_failure(Some(NotifyError::Unavailable("503".into())));

@@ -87,10 +87,10 @@ async fn start_agent(node: &TestNode, template: &str, dry_run: bool) -> RunningO
 impl RunningOwnImage {
     /// Waits until `is_so` accepts the reason why the next image is missing. The reason is `None`
     /// for an image on this node.
-    async fn wait_for_status(&mut self, is_so: impl Fn(Option<&str>) -> bool) {
+    async fn wait_for_status(&mut self, is_expected: impl Fn(Option<&str>) -> bool) {
         let is_shown = |status: &Option<OwnImageStatus>| {
             let next = status.as_ref().and_then(|status| status.next.first());
-            next.is_some_and(|next| is_so(next.missing.as_deref()))
+            next.is_some_and(|next| is_expected(next.missing.as_deref()))
         };
         let shown = tokio::time::timeout(HOUR, self.status.wait_for(is_shown)).await.is_ok();
         if !shown {
@@ -115,7 +115,7 @@ impl RunningOwnImage {
     }
 }
 
-async fn has(node: &TestNode, name: &str) -> bool {
+async fn has_record(node: &TestNode, name: &str) -> bool {
     node.record_names().await.contains(&image(name).to_string())
 }
 
@@ -126,7 +126,7 @@ async fn the_next_image_by_digest_comes_from_a_peer_in_an_outage_and_is_protecte
     let next = format!("r.test/shop/checkout@{}", made.target.digest);
     let mut agent = start_agent(&node, &next, false).await;
     agent.wait_for_status(|missing| missing.is_none()).await;
-    assert!(has(&node, &next).await);
+    assert!(has_record(&node, &next).await);
     agent.wait_for_protected(&[CURRENT, &next]).await;
     assert!(node.has_metric("lighterman_own_images_missing 0") && node.has_metric("lighterman_own_images_protected 2"));
     assert!(node.has_metric(r#"lighterman_recoveries_total{outcome="recovered"} 1"#));
@@ -135,8 +135,8 @@ async fn the_next_image_by_digest_comes_from_a_peer_in_an_outage_and_is_protecte
 #[tokio::test(start_paused = true)]
 async fn the_next_image_is_fetched_when_a_provider_appears() {
     let node = TestNode::new();
-    let elsewhere = TestNode::new();
-    let made = elsewhere.add_provider(1, IMAGE, Behaviour::Honest).await;
+    let other_node = TestNode::new();
+    let made = other_node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let mut agent = start_agent(&node, &format!("r.test/shop/checkout@{}", made.target.digest), false).await;
     agent.wait_for_status(|missing| missing == Some("no peer provides this image")).await;
     assert!(node.has_metric("lighterman_own_images_missing 1"));
@@ -152,7 +152,7 @@ async fn a_peer_with_another_repository_provides_nothing() {
     let mut agent = start_agent(&node, &next, false).await;
     agent.wait_for_status(|missing| missing == Some("no peer provides this image")).await;
     tokio::time::sleep(HOUR).await;
-    assert!(!has(&node, &next).await);
+    assert!(!has_record(&node, &next).await);
 }
 
 #[tokio::test(start_paused = true)]
@@ -176,7 +176,7 @@ async fn a_tag_that_moved_in_its_registry_is_not_recovered_from_peers() {
     let mut agent = start_agent(&node, IMAGE, false).await;
     agent.wait_for_status(|missing| missing.is_some_and(|reason| reason.contains("no peer holds"))).await;
     tokio::time::sleep(HOUR).await;
-    assert!(!has(&node, IMAGE).await);
+    assert!(!has_record(&node, IMAGE).await);
     assert!((2..=20).contains(&node.registry.resolves("r.test")), "the agent resolves the tag again, and seldom");
 }
 
@@ -192,7 +192,7 @@ async fn a_tag_whose_registry_does_not_answer_is_left_to_the_kubelet() {
         .wait_for_status(|missing| missing.is_some_and(|reason| reason.contains("does not say what the tag is")))
         .await;
     tokio::time::sleep(HOUR).await;
-    assert!(!has(&node, IMAGE).await);
+    assert!(!has_record(&node, IMAGE).await);
     node.registry.set_failure("r.test", None);
     agent.wait_for_status(|missing| missing.is_none()).await;
 }

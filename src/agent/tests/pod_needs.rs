@@ -64,8 +64,8 @@ async fn a_peers_outage_suffices_for_a_digest_unless_the_registry_answers_this_n
         tokio::time::sleep(std::time::Duration::from_secs(5)).await;
         controller.send_pod(pending_pod("early", &image)).await;
         controller.settle().await;
-        let is_here = !test_node.record_names().await.is_empty();
-        assert_eq!(is_here, expected, "answers here: {answers_here}, digest: {is_digest}");
+        let is_recorded = !test_node.record_names().await.is_empty();
+        assert_eq!(is_recorded, expected, "answers here: {answers_here}, digest: {is_digest}");
         assert!(controller.outages.borrow().is_empty(), "outages of peers are not announced as observed");
         controller.stop().await;
     }
@@ -178,10 +178,10 @@ async fn images_of_all_container_kinds_and_of_volumes_are_recovered() {
     for (number, name) in (1..).zip(names) {
         test_node.add_provider(number, name, Behaviour::Honest).await;
     }
-    let container = |name: &str, kind, image: &str, about: &str| ContainerView {
+    let container = |name: &str, kind, image: &str, failed_image: &str| ContainerView {
         name: name.into(),
         kind,
-        waiting: waiting("ErrImagePull", &format!("failed to pull image \"{about}\": {REFUSED}")),
+        waiting: waiting("ErrImagePull", &format!("failed to pull image \"{failed_image}\": {REFUSED}")),
         ..failing_pod("p", image, "").containers.remove(0)
     };
     let mut pod = failing_pod("p", IMAGE, "");
@@ -207,8 +207,8 @@ async fn an_owner_can_opt_in_for_its_pods() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let owner = Owner { api_version: "apps/v1".into(), kind: "ReplicaSet".into(), name: "web".into(), uid: "o".into() };
-    let yes = [("lighterman.dev/recover".to_owned(), "true".to_owned())].into();
-    test_node.cluster.put_owners("shop", &owner, vec![Default::default(), yes]);
+    let opted_in = [("lighterman.dev/recover".to_owned(), "true".to_owned())].into();
+    test_node.cluster.put_owners("shop", &owner, vec![Default::default(), opted_in]);
     let owned = PodView { annotations: Default::default(), owner: Some(owner), ..failing_pod("p", IMAGE, REFUSED) };
     let mut controller = RunningController::start(&test_node);
     let ignored = [("lighterman.dev/ignore".to_owned(), "true".to_owned())].into();
@@ -221,7 +221,7 @@ async fn an_owner_can_opt_in_for_its_pods() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_odd_annotation_is_counted_once_and_permits_nothing() {
+async fn an_invalid_annotation_is_counted_once_and_permits_nothing() {
     let test_node = TestNode::new();
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let invalid = [("lighterman.dev/recover".to_owned(), "yes".to_owned())].into();
@@ -364,17 +364,17 @@ async fn a_pod_that_runs_or_lacks_another_image_is_never_deleted() {
         pod.containers.extend(more);
         PodView { owner: Some(owner.clone()), ..pod }
     };
-    let beside = |kind, image: &str, waiting| ContainerView {
+    let other_container = |kind, image: &str, waiting| ContainerView {
         name: "beside".into(),
         kind,
         waiting,
         ..failing_pod("p", image, "").containers.remove(0)
     };
-    let lacks = waiting("ErrImagePull", REFUSED);
+    let pull_failure = waiting("ErrImagePull", REFUSED);
     for (case, more) in [
-        ("an init container runs", beside(ContainerKind::Init, "r.test/init:1", None)),
-        ("an ephemeral container exists", beside(ContainerKind::Ephemeral, IMAGE, lacks.clone())),
-        ("the other image has no provider", beside(ContainerKind::Ordinary, "r.test/absent:1", lacks)),
+        ("an init container runs", other_container(ContainerKind::Init, "r.test/init:1", None)),
+        ("an ephemeral container exists", other_container(ContainerKind::Ephemeral, IMAGE, pull_failure.clone())),
+        ("the other image has no provider", other_container(ContainerKind::Ordinary, "r.test/absent:1", pull_failure)),
     ] {
         let test_node = TestNode::new();
         test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
@@ -404,14 +404,14 @@ async fn the_outage_of_a_single_peer_does_not_count_before_the_registry_is_probe
                 .inventory
                 .apply(MeshEvent::Changed(peer(number), vec![InventoryChange::Added(InventoryItem::Outage(outage))]));
         }
-        let down = RegistryHealth::new(
+        let registry_health = RegistryHealth::new(
             test_node.inventory.clone(),
             Arc::clone(&test_node.registry) as _,
             true,
             watch::channel(Vec::new()).0,
             test_node.metrics.clone(),
         );
-        assert_eq!(down.is_down("r.test", std::time::Instant::now()), expected, "{peers}");
+        assert_eq!(registry_health.is_down("r.test", std::time::Instant::now()), expected, "{peers}");
     }
 }
 
@@ -435,8 +435,8 @@ async fn a_denial_applies_to_every_container_of_the_pod_with_that_image() {
 async fn a_broken_image_without_a_provider_loses_its_record_only_if_its_registry_answers() {
     for answers in [true, false] {
         let test_node = TestNode::new();
-        let here = put_image(&*test_node.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();
-        test_node.store.remove_blob(here.blobs[1].digest);
+        let image = put_image(&*test_node.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();
+        test_node.store.remove_blob(image.blobs[1].digest);
         if answers {
             test_node.registry.put_registry("r.test");
         }

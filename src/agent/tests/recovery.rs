@@ -72,8 +72,8 @@ async fn a_digest_is_not_a_permission() {
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     for invented in ["evil.test/shop/checkout", "r.test:5000/shop/checkout", "r.test/shop/other"] {
         let name = format!("{invented}@{}", image.target.digest);
-        let refused = recover(&node, &name).await;
-        assert!(matches!(refused, Err(RecoverError::NoProvider { .. })), "{invented}: {refused:?}");
+        let rejected = recover(&node, &name).await;
+        assert!(matches!(rejected, Err(RecoverError::NoProvider { .. })), "{invented}: {rejected:?}");
     }
     assert!(blobs_of(&*node.store).await.is_empty());
 }
@@ -135,34 +135,34 @@ async fn peers_that_disagree_on_a_tag_are_named_with_their_digests() {
     let store = Arc::new(MemoryStore::new());
     let second = put_image(&*store, &[IMAGE.into()], &[5], 99).await.unwrap();
     node.announce_store(2, store, Behaviour::Honest).await;
-    let refused = recover(&node, IMAGE).await.unwrap_err();
-    assert!(matches!(refused, RecoverError::TagDisagreement { .. }));
+    let rejected = recover(&node, IMAGE).await.unwrap_err();
+    assert!(matches!(rejected, RecoverError::TagDisagreement { .. }));
     for digest in [first.target.digest, second.target.digest] {
-        assert!(refused.to_string().contains(&digest.to_string()), "{refused}");
+        assert!(rejected.to_string().contains(&digest.to_string()), "{rejected}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_image_over_the_size_limit_is_refused_before_a_layer_is_fetched() {
+async fn an_image_over_the_size_limit_is_rejected_before_a_layer_is_fetched() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.change_policy(|policy| policy.budgets.max_image_bytes = 1000);
-    let refused = recover(&node, IMAGE).await;
-    assert!(matches!(refused, Err(RecoverError::OverLimit(_))), "{refused:?}");
+    let rejected = recover(&node, IMAGE).await;
+    assert!(matches!(rejected, Err(RecoverError::OverLimit(_))), "{rejected:?}");
     assert_eq!(node.fetcher.served().len(), 1, "only the manifest");
     node.store.collect();
     assert!(blobs_of(&*node.store).await.is_empty(), "the manifest of a refused image is not kept");
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_index_without_this_platform_is_refused() {
+async fn an_index_without_this_platform_is_rejected() {
     let node = TestNode::new();
     let store = Arc::new(MemoryStore::new());
     let image = put_image(&*store, &[], &[5], 1).await.unwrap();
     put_index(&store, &image, "s390x").await;
     node.announce_store(1, store, Behaviour::Honest).await;
-    let refused = recover(&node, IMAGE).await;
-    assert!(matches!(refused, Err(RecoverError::NoPlatform { .. })), "{refused:?}");
+    let rejected = recover(&node, IMAGE).await;
+    assert!(matches!(rejected, Err(RecoverError::NoPlatform { .. })), "{rejected:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -191,13 +191,13 @@ async fn put_index(store: &MemoryStore, image: &MadeImage, architecture: &str) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_blob_that_is_no_manifest_is_refused_and_not_stored() {
+async fn a_blob_that_is_no_manifest_is_rejected_and_not_stored() {
     let node = TestNode::new();
     let store = Arc::new(MemoryStore::new());
     crate::testing::image::put_document(&*store, IMAGE, "<html>".into()).await.unwrap();
     node.announce_store(1, store, Behaviour::Honest).await;
-    let refused = recover(&node, IMAGE).await;
-    assert!(matches!(refused, Err(RecoverError::Document { .. })), "{refused:?}");
+    let rejected = recover(&node, IMAGE).await;
+    assert!(matches!(rejected, Err(RecoverError::Document { .. })), "{rejected:?}");
     assert!(blobs_of(&*node.store).await.is_empty());
 }
 
@@ -220,7 +220,7 @@ async fn a_recovery_that_is_stopped_leaves_no_record_and_no_pin() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_recovery_continues_without_a_claim_if_the_api_server_is_away() {
+async fn a_recovery_continues_without_a_claim_if_the_api_server_is_unavailable() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.cluster.set_unavailable(true);
@@ -271,8 +271,8 @@ async fn a_manifest_over_the_size_limit_is_not_requested() {
     let huge = " ".repeat(usize::try_from(crate::oci::MAX_DOCUMENT_BYTES).unwrap() + 1);
     crate::testing::image::put_document(&*store, IMAGE, huge).await.unwrap();
     node.announce_store(1, store, Behaviour::Honest).await;
-    let refused = recover(&node, IMAGE).await.unwrap_err();
-    assert!(refused.to_string().contains("over the limit"), "{refused}");
+    let rejected = recover(&node, IMAGE).await.unwrap_err();
+    assert!(rejected.to_string().contains("over the limit"), "{rejected}");
     assert_eq!(node.fetcher.request_count(peer(1)), 0, "no byte of the manifest is fetched");
 }
 
@@ -293,12 +293,12 @@ async fn a_blob_with_an_open_writer_is_waited_for() {
 #[tokio::test(start_paused = true)]
 async fn a_recorded_image_is_repaired_and_keeps_its_digest() {
     let node = TestNode::new();
-    let here = put_image(&*node.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();
+    let image = put_image(&*node.store, &[IMAGE.to_owned()], &[3000, 200], 1).await.unwrap();
     node.add_provider(2, IMAGE, Behaviour::Honest).await;
     let recovered = recover(&node, IMAGE).await.unwrap();
     assert_eq!(
         (recovered.digest, recovered.fetched),
-        (here.target.digest, 0),
+        (image.target.digest, 0),
         "peers provide another image under this tag"
     );
 }

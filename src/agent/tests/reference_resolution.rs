@@ -54,7 +54,7 @@ async fn the_tag_policy_resolves_a_disagreement_of_peers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_newest_policy_refuses_images_without_a_creation_time() {
+async fn the_newest_policy_rejects_images_without_a_creation_time() {
     let mut node = TestNode::new();
     node.resolve.tag_policy = TagPolicy::Newest;
     peers_with(&node, &[(1, 1, "yesterday"), (2, 2, "2026-03-01T00:00:00Z")]).await;
@@ -73,10 +73,10 @@ async fn an_answer_of_the_source_registry_resolves_a_tag() {
         matches!(find(&node, IMAGE).await, Err(RecoverError::TagDisagreement { .. })),
         "the registry is down, so peers decide"
     );
-    let ours = PullSecret(b"ours".to_vec());
-    node.registry.put_private_tag(reference.repository(), "v1", image_digests[1], ours.clone());
-    node.cluster.put_pull_secret("shop", "key", ours.clone());
-    node.cluster.put_pull_secret("bank", "key", ours);
+    let secret = PullSecret(b"ours".to_vec());
+    node.registry.put_private_tag(reference.repository(), "v1", image_digests[1], secret.clone());
+    node.cluster.put_pull_secret("shop", "key", secret.clone());
+    node.cluster.put_pull_secret("bank", "key", secret);
     let with_secret_of =
         |namespace: &str| RecoveryRequest { pull_secrets: vec![(namespace.into(), "key".into())], ..request(IMAGE) };
     let found = node.recoverer().find(&with_secret_of("shop")).await.unwrap();
@@ -106,8 +106,8 @@ async fn an_image_with_a_blob_without_provider_is_not_fetched() {
     node.announce_store(1, store, Behaviour::Honest).await;
     let layer = image.blobs[1].digest;
     node.inventory.apply(MeshEvent::Changed(peer(1), vec![InventoryChange::Removed(InventoryItem::Blob(layer))]));
-    let refused = node.recoverer().recover(&request(IMAGE), &Progress::default(), &CancellationToken::new()).await;
-    let Err(RecoverError::BlobsWithoutProvider { blobs, .. }) = refused else { panic!("{refused:?}") };
+    let rejected = node.recoverer().recover(&request(IMAGE), &Progress::default(), &CancellationToken::new()).await;
+    let Err(RecoverError::BlobsWithoutProvider { blobs, .. }) = rejected else { panic!("{rejected:?}") };
     assert_eq!(blobs, [layer]);
     assert_eq!(node.fetcher.served(), [(peer(1), image.target.digest)], "no byte of a layer is fetched");
     assert_eq!(node.store.pins(), 0);
@@ -118,19 +118,19 @@ async fn a_store_that_refuses_imports_gets_no_recovery() {
     let node = TestNode::new();
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     node.imports.send_replace(ImportPermission::Refused("there are verifiers".into()));
-    let refused = find(&node, IMAGE).await.unwrap_err();
-    assert!(refused.to_string().contains("there are verifiers"), "{refused}");
+    let rejected = find(&node, IMAGE).await.unwrap_err();
+    assert!(rejected.to_string().contains("there are verifiers"), "{rejected}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_image_with_a_layer_that_must_not_be_distributed_is_refused_with_the_reason() {
+async fn an_image_with_a_layer_that_must_not_be_distributed_is_rejected_with_the_reason() {
     let node = TestNode::new();
     let store = Arc::new(MemoryStore::new());
     let recipe = Recipe { layers: vec![100], foreign: true, ..Recipe::default() };
     make_image(&*store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
     node.announce_store(1, store, Behaviour::Honest).await;
-    let refused = node.recoverer().recover(&request(IMAGE), &Progress::default(), &CancellationToken::new()).await;
-    let Err(error @ RecoverError::NotDistributable { .. }) = refused else { panic!("{refused:?}") };
+    let rejected = node.recoverer().recover(&request(IMAGE), &Progress::default(), &CancellationToken::new()).await;
+    let Err(error @ RecoverError::NotDistributable { .. }) = rejected else { panic!("{rejected:?}") };
     assert!(error.to_string().contains("license"), "{error}");
     assert!(node.record_names().await.is_empty());
 }

@@ -39,17 +39,17 @@ async fn collect_and_verify(store: &MemoryStore, image: &MadeImage) -> bool {
 }
 
 /// As [`collect_and_verify`], for an image with blobs of at most `longest` bytes.
-async fn collect_and_verify_up_to(store: &MemoryStore, image: &MadeImage, longest: usize) -> bool {
+async fn collect_and_verify_up_to(store: &MemoryStore, image: &MadeImage, max_bytes: usize) -> bool {
     store.collect();
-    let mut whole = true;
+    let mut is_whole = true;
     for blob in image.blobs.iter().chain([&image.target]) {
         let bytes = match store.open(blob.digest).await {
-            Ok(mut reader) => reader.read_at(0, longest).await.unwrap(),
+            Ok(mut reader) => reader.read_at(0, max_bytes).await.unwrap(),
             Err(_) => return false,
         };
-        whole &= Digest::of(&bytes) == blob.digest;
+        is_whole &= Digest::of(&bytes) == blob.digest;
     }
-    whole
+    is_whole
 }
 
 #[tokio::test(start_paused = true)]
@@ -105,8 +105,8 @@ async fn a_replaced_manifest_keeps_its_source_and_gc_labels() {
     node.store.corrupt(image.target.digest);
     recover(&node).await.unwrap();
     let blob = node.store.blob(image.target.digest).await.unwrap().unwrap();
-    let ours = IMAGE.parse::<Reference>().unwrap().repository().clone();
-    assert_eq!((blob.sources, blob.has_children), (vec![other, ours], true));
+    let repository = IMAGE.parse::<Reference>().unwrap().repository().clone();
+    assert_eq!((blob.sources, blob.has_children), (vec![other, repository], true));
 }
 
 #[tokio::test(start_paused = true)]
@@ -135,7 +135,7 @@ async fn a_recorded_image_without_its_blobs_is_repaired() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_artifact_is_refused_and_the_error_names_its_type() {
+async fn an_artifact_is_rejected_and_the_error_names_its_type() {
     let node = TestNode::new();
     let peer_store = Arc::new(MemoryStore::new());
     let config =
@@ -144,8 +144,8 @@ async fn an_artifact_is_refused_and_the_error_names_its_type() {
         serde_json::json!({"schemaVersion": 2, "artifactType": "application/x.chart", "config": config, "layers": []});
     put_document(&*peer_store, IMAGE, chart.to_string()).await.unwrap();
     node.announce_store(1, peer_store, Behaviour::Honest).await;
-    let refused = recover(&node).await.unwrap_err();
-    assert!(refused.to_string().contains("an artifact of type \"application/x.chart\""), "{refused}");
+    let rejected = recover(&node).await.unwrap_err();
+    assert!(rejected.to_string().contains("an artifact of type \"application/x.chart\""), "{rejected}");
     assert!(blobs_of(&*node.store).await.is_empty());
 }
 
@@ -154,13 +154,13 @@ async fn a_broken_image_that_is_unpacked_keeps_its_record_because_pods_start_fro
     for is_unpacked in [true, false] {
         let node = TestNode::new();
         let recipe = Recipe { layers: vec![3000, 200], nested: true, ..Recipe::default() };
-        let here = make_image(&*node.store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
+        let image = make_image(&*node.store, &[IMAGE.to_owned()], &recipe, 1).await.unwrap();
         let pin = node.store.pin(std::time::Duration::from_secs(36_000)).await.unwrap();
         // The lower layer alone does not unpack the image.
-        for layer in here.layers.iter().take(if is_unpacked { 2 } else { 1 }) {
+        for layer in image.layers.iter().take(if is_unpacked { 2 } else { 1 }) {
             node.store.unpack(layer, &pin).await.unwrap();
         }
-        node.store.remove_blob(here.layers[0].blob.digest);
+        node.store.remove_blob(image.layers[0].blob.digest);
         node.registry.put_registry("r.test");
         let mut pod = failing_pod("p", IMAGE, "");
         pod.containers[0].waiting = Some(WaitingState {

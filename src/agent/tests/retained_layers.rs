@@ -128,8 +128,8 @@ async fn an_image_that_the_registry_denies_is_counted_and_comes_from_a_peer() {
     registry_with(&LAYERS, &node, &test_node).await;
     test_node.registry.make_blobs_private("r.test", PullSecret(b"ours".to_vec()));
     let mut agent = node.start_with(Some(Arc::new(test_node.recoverer()))).await;
-    let plugin = "only the kubelet's credential plugin can pull them";
-    agent.wait_for_status(|status| status.lacking_reasons == [(plugin.to_owned(), 1)].into()).await;
+    let reason = "only the kubelet's credential plugin can pull them";
+    agent.wait_for_status(|status| status.lacking_reasons == [(reason.to_owned(), 1)].into()).await;
     assert!(node.has_metric("lighterman_images_lacking_layers_by_reason{reason=\"kubelet_credentials\"} 1"));
     tokio::time::sleep(HOUR).await;
     assert_eq!(test_node.registry.blob_requests("r.test"), 1, "no further request reaches the registry");
@@ -143,9 +143,9 @@ async fn a_private_image_is_fetched_with_a_readable_pull_secret_of_a_pod() {
     for readable in [true, false] {
         let (node, mut test_node, image) = node_after_a_pull(1 << 20).await;
         registry_with(&LAYERS, &node, &test_node).await;
-        let ours = PullSecret(b"ours".to_vec());
-        test_node.registry.make_blobs_private("r.test", ours.clone());
-        test_node.cluster.put_pull_secret("shop", "key", ours);
+        let secret = PullSecret(b"ours".to_vec());
+        test_node.registry.make_blobs_private("r.test", secret.clone());
+        test_node.cluster.put_pull_secret("shop", "key", secret);
         test_node.resolve.pull_secret_namespaces = if readable { vec!["shop".into()] } else { Vec::new() };
         node.set_used_image_with_secret(IMAGE, ("shop", "key"));
         let mut agent = node.start_with(Some(Arc::new(test_node.recoverer()))).await;

@@ -34,7 +34,7 @@ async fn node_with_peers(behaviours: &[Behaviour]) -> (TestNode, MadeImage) {
     (node, image.unwrap())
 }
 
-fn faults(node: &TestNode, kind: &str, count: u32) -> bool {
+fn has_faults(node: &TestNode, kind: &str, count: u32) -> bool {
     node.has_metric(&format!("lighterman_peer_faults_total{{fault={kind:?}}} {count}"))
 }
 
@@ -51,7 +51,7 @@ async fn pieces_are_fetched_from_every_provider() {
 async fn a_peer_that_sends_wrong_bytes_is_found_by_a_piece_and_honest_peers_provide_the_image() {
     let (node, _) = node_with_peers(&[Behaviour::Corrupts, Behaviour::Honest, Behaviour::Honest]).await;
     recover(&node).await.unwrap();
-    assert!(faults(&node, "lied", 1), "the peer is at fault once");
+    assert!(has_faults(&node, "lied", 1), "the peer is at fault once");
 }
 
 #[tokio::test(start_paused = true)]
@@ -64,7 +64,7 @@ async fn a_provider_with_a_damaged_file_sends_one_wrong_piece() {
             node_with_peers(&[Behaviour::DiskCorrupted, Behaviour::SendsChainSlowly, Behaviour::Honest]).await;
         recover(&node).await.unwrap();
         let wrong = node.fetcher.corrupt_piece_count();
-        assert!(wrong == 0 || (wrong == 1 && faults(&node, "lied", 1)), "{wrong} pieces");
+        assert!(wrong == 0 || (wrong == 1 && has_faults(&node, "lied", 1)), "{wrong} pieces");
         sent += wrong;
     }
     assert!(sent > 0);
@@ -118,7 +118,7 @@ async fn the_author_of_a_forged_hash_chain_is_at_fault_and_not_the_honest_sender
         let (node, _) = node_with_peers(&[Behaviour::ForgesChain(forged), Behaviour::Honest]).await;
         let recoverer = node.recoverer();
         recoverer.recover(&request(), &Progress::default(), &CancellationToken::new()).await.unwrap();
-        let honest = recoverer.blob_fetcher.trust().standing(peer(2), tokio::time::Instant::now().into_std());
+        let honest = recoverer.blob_fetcher.peer_faults().standing(peer(2), tokio::time::Instant::now().into_std());
         assert_eq!(honest, crate::decide::peer_faults::Standing::Good, "forged at {forged}");
     }
 }
@@ -165,8 +165,8 @@ async fn staged_pieces_with_wrong_bytes_are_fetched_again() {
     let layer = image.blobs.iter().max_by_key(|blob| blob.size).unwrap();
     let pin = node.store.pin(Duration::from_secs(60)).await.unwrap();
     let staged = node.store.stage(layer.digest, layer.size, &pin).await.unwrap();
-    let rubbish = bytes::Bytes::from(vec![7; 3 * MIN_PIECE_SIZE as usize]);
-    staged.write_at(MIN_PIECE_SIZE, &[rubbish]).await.unwrap();
+    let wrong_bytes = bytes::Bytes::from(vec![7; 3 * MIN_PIECE_SIZE as usize]);
+    staged.write_at(MIN_PIECE_SIZE, &[wrong_bytes]).await.unwrap();
     drop(staged);
     let began = tokio::time::Instant::now();
     let recovered = recover(&node).await.unwrap();
@@ -201,26 +201,26 @@ async fn a_partial_provider_serves_staged_pieces() {
         assert!(received >= 5 * MIN_PIECE_SIZE, "{received} bytes before the download was complete");
         node.add_provider_with_layers(4, IMAGE, &LAYERS, Behaviour::Honest).await;
     };
-    let (one, two, ()) = tokio::join!(
+    let (first_result, second_result, ()) = tokio::join!(
         first.recover(&request, &progress, &stop),
         second.recover(&request, &second_progress, &stop),
         release
     );
-    one.unwrap();
-    let two = two.unwrap();
-    assert_eq!(two.providers[&peer(3)], layer.size, "the partial provider sent the whole layer");
+    first_result.unwrap();
+    let recovered = second_result.unwrap();
+    assert_eq!(recovered.providers[&peer(3)], layer.size, "the partial provider sent the whole layer");
     assert_eq!(PieceLayout::for_size(layer.size).piece_count(), 13);
 }
 
 /// A peer that ranks before this node as the zone's leader for this image.
 fn peer_ranked_before_us(digest: Digest, zone: &Zone) -> u8 {
     let now = std::time::Instant::now();
-    let is_better = |number: &u8| {
+    let is_ranked_before = |number: &u8| {
         let mut leader = ZoneLeader::new(peer(0), zone_claim(digest, zone), now);
         leader.set_fetching(&[peer(*number)], now);
         !leader.update_is_leading(now)
     };
-    (10..).find(is_better).unwrap()
+    (10..).find(is_ranked_before).unwrap()
 }
 
 #[tokio::test(start_paused = true)]

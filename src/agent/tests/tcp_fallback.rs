@@ -36,12 +36,13 @@ struct MeshNode {
 
 impl MeshNode {
     async fn start(identity: &Identity, admission: &Arc<StaticAdmission>) -> Self {
-        let (node, table, stop): (NodeName, _, _) =
+        let (node, shared_inventory, stop): (NodeName, _, _) =
             ("n".parse().unwrap(), SharedInventory::default(), CancellationToken::new());
         let (metrics, store) = (Metrics::new(), Arc::new(MemoryStore::new()));
         let config = mesh::Config { listen: loopback() };
         let started =
-            mesh::start(config, node.clone(), identity, table.clone(), admission.clone(), metrics.clone()).await;
+            mesh::start(config, node.clone(), identity, shared_inventory.clone(), admission.clone(), metrics.clone())
+                .await;
         let (mesh, task, gossip) = started.unwrap();
         let config = transfer::Config {
             listen: loopback(),
@@ -64,7 +65,7 @@ impl MeshNode {
         tokio::spawn(task.run(events_in, stop.clone()));
         tokio::spawn(async move { while events.recv().await.is_some() {} });
         mesh.introduce(Credential::default(), peer.transfer, gossip, None).await;
-        let inventory = PeerInventory::new(table);
+        let inventory = PeerInventory::new(shared_inventory);
         Self { peer, store, mesh, transfer, inventory, metrics, _admitted: admitted, _stop: stop.drop_guard() }
     }
 
@@ -111,20 +112,20 @@ impl MeshNode {
 async fn node_with_blocked_udp(providers: usize, layers: &[u64]) -> (MeshNode, Vec<MeshNode>, MadeImage) {
     let identities: Vec<_> = (0..=providers).map(|_| Identity::generate()).collect();
     let admission = Arc::new(StaticAdmission::new(identities.iter().map(Identity::peer_id)));
-    let ours = MeshNode::start(&identities[0], &admission).await;
-    ours.inventory.udp().replace(UdpStatus { blocked_since: Some(1), port: 4701, nodes: 3 });
-    let (mut all, mut made) = (Vec::new(), None);
+    let node = MeshNode::start(&identities[0], &admission).await;
+    node.inventory.udp().replace(UdpStatus { blocked_since: Some(1), port: 4701, nodes: 3 });
+    let (mut all, mut image) = (Vec::new(), None);
     for identity in &identities[1..] {
         let provider = MeshNode::start(identity, &admission).await;
-        made = Some(put_image(&*provider.store, &[IMAGE.to_owned()], layers, 7).await.unwrap());
+        image = Some(put_image(&*provider.store, &[IMAGE.to_owned()], layers, 7).await.unwrap());
         provider.announce().await;
-        ours.mesh.admit(provider.peer.clone(), LONG).await;
-        provider.mesh.admit(ours.peer.clone(), LONG).await;
+        node.mesh.admit(provider.peer.clone(), LONG).await;
+        provider.mesh.admit(node.peer.clone(), LONG).await;
         all.push(provider);
     }
-    let made = made.expect("there is a provider");
-    ours.wait_for_providers(&made, providers).await;
-    (ours, all, made)
+    let image = image.expect("there is a provider");
+    node.wait_for_providers(&image, providers).await;
+    (node, all, image)
 }
 
 async fn recover(node: &MeshNode) -> Result<u64, RecoverError> {
@@ -139,12 +140,12 @@ async fn within<T>(test: impl Future<Output = T>) -> T {
 #[tokio::test]
 async fn an_image_comes_over_the_mesh_from_several_providers() {
     within(async {
-        let (ours, providers, made) = node_with_blocked_udp(2, &[3 << 20, 300, 0]).await;
-        assert_eq!(recover(&ours).await.unwrap(), made.bytes());
-        let over_tcp = ours.counter("lighterman_fetched_over_tcp_bytes_total");
+        let (node, providers, image) = node_with_blocked_udp(2, &[3 << 20, 300, 0]).await;
+        assert_eq!(recover(&node).await.unwrap(), image.bytes());
+        let over_tcp = node.counter("lighterman_fetched_over_tcp_bytes_total");
         // A hedged request may fetch a piece from both.
-        assert!(over_tcp >= made.bytes(), "{over_tcp}");
-        assert_eq!(ours.counter("lighterman_fetched_bytes_total"), over_tcp, "nothing came over QUIC");
+        assert!(over_tcp >= image.bytes(), "{over_tcp}");
+        assert_eq!(node.counter("lighterman_fetched_bytes_total"), over_tcp, "nothing came over QUIC");
         assert!(providers.iter().all(|provider| provider.counter("lighterman_served_bytes_total") > 0));
     })
     .await;
@@ -153,14 +154,14 @@ async fn an_image_comes_over_the_mesh_from_several_providers() {
 #[tokio::test]
 async fn a_provider_that_lies_over_tcp_is_found_by_the_digest_and_passed_over() {
     within(async {
-        let (ours, providers, made) = node_with_blocked_udp(2, &[3 << 20, 300]).await;
-        for blob in &made.blobs {
+        let (node, providers, image) = node_with_blocked_udp(2, &[3 << 20, 300]).await;
+        for blob in &image.blobs {
             providers[0].store.corrupt(blob.digest);
         }
-        providers[0].store.corrupt(made.target.digest);
-        assert_eq!(recover(&ours).await.unwrap(), made.bytes());
-        for blob in &made.blobs {
-            let mut reader = ours.store.open(blob.digest).await.unwrap();
+        providers[0].store.corrupt(image.target.digest);
+        assert_eq!(recover(&node).await.unwrap(), image.bytes());
+        for blob in &image.blobs {
+            let mut reader = node.store.open(blob.digest).await.unwrap();
             let bytes = reader.read_at(0, usize::try_from(blob.size).unwrap()).await.unwrap();
             assert_eq!(Digest::of(&bytes), blob.digest);
         }
@@ -171,27 +172,27 @@ async fn a_provider_that_lies_over_tcp_is_found_by_the_digest_and_passed_over() 
 #[tokio::test]
 async fn an_image_whose_only_provider_lies_over_tcp_is_not_recovered() {
     within(async {
-        let (ours, providers, made) = node_with_blocked_udp(1, &[200 << 10]).await;
-        let layer = made.blobs.iter().max_by_key(|blob| blob.size).unwrap();
+        let (node, providers, image) = node_with_blocked_udp(1, &[200 << 10]).await;
+        let layer = image.blobs.iter().max_by_key(|blob| blob.size).unwrap();
         providers[0].store.corrupt(layer.digest);
-        let RecoverError::Fetch { digest, attempts } = recover(&ours).await.unwrap_err() else { panic!("not fetched") };
+        let RecoverError::Fetch { digest, attempts } = recover(&node).await.unwrap_err() else { panic!("not fetched") };
         assert_eq!(digest, layer.digest);
         assert!(attempts.iter().any(FetchError::is_peer_fault), "{attempts:?}");
-        assert_eq!(ours.counter("lighterman_peer_faults_total{fault=\"lied\"}"), 1);
-        assert!(ours.store.blob(layer.digest).await.unwrap().is_none());
+        assert_eq!(node.counter("lighterman_peer_faults_total{fault=\"lied\"}"), 1);
+        assert!(node.store.blob(layer.digest).await.unwrap().is_none());
     })
     .await;
 }
 
 #[tokio::test]
-async fn an_image_over_the_tcp_limit_is_refused_before_a_layer_is_fetched() {
+async fn an_image_over_the_tcp_limit_is_rejected_before_a_layer_is_fetched() {
     within(async {
-        let (ours, _providers, made) = node_with_blocked_udp(1, &[MAX_BLOB + 1, 300]).await;
-        let error = recover(&ours).await.unwrap_err();
+        let (node, _providers, image) = node_with_blocked_udp(1, &[MAX_BLOB + 1, 300]).await;
+        let error = recover(&node).await.unwrap_err();
         assert!(matches!(error, RecoverError::NeedsUdp { .. }), "{error}");
         assert!(error.to_string().contains(&MAX_BLOB.to_string()), "{error}");
-        for blob in &made.blobs {
-            assert!(ours.store.blob(blob.digest).await.unwrap().is_none());
+        for blob in &image.blobs {
+            assert!(node.store.blob(blob.digest).await.unwrap().is_none());
         }
     })
     .await;

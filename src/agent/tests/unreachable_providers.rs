@@ -34,11 +34,12 @@ struct GossipNode {
 
 impl GossipNode {
     async fn start(identity: &Identity, admission: &Arc<StaticAdmission>) -> Self {
-        let (node, table, stop): (NodeName, _, _) =
+        let (node, shared_inventory, stop): (NodeName, _, _) =
             ("n".parse().unwrap(), SharedInventory::default(), CancellationToken::new());
         let config = mesh::Config { listen: loopback() };
         let started =
-            mesh::start(config, node.clone(), identity, table.clone(), admission.clone(), Metrics::new()).await;
+            mesh::start(config, node.clone(), identity, shared_inventory.clone(), admission.clone(), Metrics::new())
+                .await;
         let (mesh, task, gossip) = started.unwrap();
         let config = transfer::Config {
             listen: loopback(),
@@ -60,7 +61,7 @@ impl GossipNode {
         tokio::spawn(task.run(events_in, stop.clone()));
         tokio::spawn(transfer.clone().run(stop.clone()));
         mesh.introduce(Credential::default(), peer.transfer, gossip, None).await;
-        let inventory = PeerInventory::new(table);
+        let inventory = PeerInventory::new(shared_inventory);
         Self { peer, mesh, inventory, transfer, events, _admitted: admitted, _stop: stop.drop_guard() }
     }
 
@@ -82,36 +83,36 @@ impl BlobSink for DiscardingSink {
 async fn fetch_from_an_unreachable_peer() {
     let identities = [Identity::generate(), Identity::generate(), Identity::generate()];
     let admission = Arc::new(StaticAdmission::new(identities.iter().map(Identity::peer_id)));
-    let mut ours = GossipNode::start(&identities[0], &admission).await;
-    let (between, theirs) =
+    let mut node = GossipNode::start(&identities[0], &admission).await;
+    let (relay, theirs) =
         (GossipNode::start(&identities[1], &admission).await, GossipNode::start(&identities[2], &admission).await);
     // The two nodes are connected through the third alone, because the mesh does not suspect a
     // neighbor that has just answered a ping.
-    ours.connect(&between).await;
-    theirs.connect(&between).await;
+    node.connect(&relay).await;
+    theirs.connect(&relay).await;
     let (peer, blob) = (theirs.peer.id, Digest::of(b"announced and absent"));
     theirs.mesh.announce(vec![InventoryChange::Added(InventoryItem::Blob(blob))]).await;
-    let mut changes = ours.inventory.changes();
-    changes.wait_for(|_| ours.inventory.blob_providers(blob) == [peer]).await.unwrap();
+    let mut changes = node.inventory.changes();
+    changes.wait_for(|_| node.inventory.blob_providers(blob) == [peer]).await.unwrap();
 
     let fetcher =
-        SuspectingFetcher { transfer: ours.transfer.clone(), mesh: ours.mesh.clone(), udp: UdpState::default() };
-    ours.transfer.add_peer_address(&theirs.peer);
+        SuspectingFetcher { transfer: node.transfer.clone(), mesh: node.mesh.clone(), udp: UdpState::default() };
+    node.transfer.add_peer_address(&theirs.peer);
     let failed = fetcher.fetch(peer, blob, 1, &mut DiscardingSink).await;
     assert!(matches!(failed, Err(FetchError::Absent { .. })), "{failed:?}");
     // The mesh handles commands in order, so an earlier suspicion is in effect after the answer.
-    ours.mesh.status().await.unwrap();
-    assert_eq!(ours.inventory.blob_providers(blob), [peer], "a peer that answers is not suspected");
+    node.mesh.status().await.unwrap();
+    assert_eq!(node.inventory.blob_providers(blob), [peer], "a peer that answers is not suspected");
 
     // No agent answers at the peer's new address.
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    ours.transfer.remove_peer(peer);
-    ours.transfer.add_peer_address(&Peer { transfer: silent.local_addr().unwrap(), ..theirs.peer.clone() });
+    node.transfer.remove_peer(peer);
+    node.transfer.add_peer_address(&Peer { transfer: silent.local_addr().unwrap(), ..theirs.peer.clone() });
     let failed = fetcher.fetch(peer, blob, 1, &mut DiscardingSink).await;
     assert!(matches!(failed, Err(FetchError::Unreachable { .. })), "{failed:?}");
     // The peer is alive and refutes the suspicion soon, so the test waits for the event and not for
     // the state.
-    while ours.events.recv().await.expect("the mesh runs") != MembershipEvent::Down(peer) {}
+    while node.events.recv().await.expect("the mesh runs") != MembershipEvent::Down(peer) {}
 }
 
 #[tokio::test]

@@ -33,7 +33,7 @@ pub(super) struct DemoNode {
     pub(super) name: String,
     pub(super) peer: PeerId,
     pub(super) store: Arc<LayoutStore>,
-    pub(super) board: RecoveryTracker,
+    pub(super) tracker: RecoveryTracker,
     pub(super) transfer: SocketAddr,
     pub(super) admin: SocketAddr,
     inventory: PeerInventory,
@@ -54,8 +54,8 @@ impl DemoNode {
         let node = name.parse()?;
         let peer = identity.peer_id();
         let store = Arc::new(LayoutStore::open(folder)?);
-        let (pods_in, pods) = mpsc::channel(8);
-        let world = AgentPorts {
+        let (pod_sender, pods) = mpsc::channel(8);
+        let ports = AgentPorts {
             store: Arc::clone(&store) as _,
             // The store is a plain folder without a snapshotter.
             unpacker: None,
@@ -72,10 +72,10 @@ impl DemoNode {
             pods,
             readiness_checks: Vec::new(),
         };
-        let mut rules = Policy::default();
-        rules.budgets.min_free_bytes = 0;
-        rules.budgets.image_gc_percent = 100;
-        rules.budgets.eviction_percent = 0;
+        let mut policy = Policy::default();
+        policy.budgets.min_free_bytes = 0;
+        policy.budgets.image_gc_percent = 100;
+        policy.budgets.eviction_percent = 0;
         let settings = Settings {
             node,
             admin_listen: loopback(),
@@ -84,7 +84,7 @@ impl DemoNode {
             zone: None,
             key_file: folder.join("unused"),
             peers_file: folder.join("peers.json"),
-            policy: rules,
+            policy,
             policy_file: None,
             control_socket: folder.join("agent.sock"),
             resolve: ResolveOptions::default(),
@@ -106,19 +106,19 @@ impl DemoNode {
             transfer::Config { listen: loopback(), gossip_port: 0, node: name.parse()?, concurrent_uploads: 16 };
         let mesh = mesh::Config { listen: loopback() };
         let agent =
-            Agent::start(settings, transfer, mesh, identity, world, Metrics::new(), Supervisor::default()).await?;
-        let Agent { supervisor, inventory: holders, tracker: board, transfer, admin } = agent;
+            Agent::start(settings, transfer, mesh, identity, ports, Metrics::new(), Supervisor::default()).await?;
+        let Agent { supervisor, inventory, tracker, transfer, admin } = agent;
         let (shutdown, stopping) = oneshot::channel();
         let running = tokio::spawn(supervisor.run(async { drop(stopping.await) }, GRACE));
         Ok(Self {
             name: name.into(),
             peer,
             store,
-            board,
+            tracker,
             transfer,
             admin,
-            inventory: holders,
-            pods: Some(pods_in),
+            inventory,
+            pods: Some(pod_sender),
             shutdown,
             running,
         })
@@ -131,17 +131,17 @@ impl DemoNode {
 
     /// Waits for `peers` connected peers.
     pub(super) async fn wait_for_peers(&self, peers: usize) -> Result<(), DemoError> {
-        self.wait_until(|holders| holders.peers().len() >= peers).await
+        self.wait_until(|inventory| inventory.peers().len() >= peers).await
     }
 
     /// Waits until a peer announces the image.
     pub(super) async fn wait_for_provider(&self, reference: &Reference, digest: Digest) -> Result<(), DemoError> {
-        self.wait_until(|holders| !holders.image_providers(reference.repository(), digest).is_empty()).await
+        self.wait_until(|inventory| !inventory.image_providers(reference.repository(), digest).is_empty()).await
     }
 
-    async fn wait_until(&self, holds: impl Fn(&PeerInventory) -> bool) -> Result<(), DemoError> {
+    async fn wait_until(&self, condition: impl Fn(&PeerInventory) -> bool) -> Result<(), DemoError> {
         let mut changes = self.inventory.changes();
-        while !holds(&self.inventory) {
+        while !condition(&self.inventory) {
             changes.changed().await?;
         }
         Ok(())

@@ -40,7 +40,12 @@ impl DemoOutput {
 
     /// Draws a bar for each blob of the recovery until `stop`, and leaves the last state on the
     /// terminal. Without a terminal nothing is drawn.
-    pub(super) fn progress(&self, board: RecoveryTracker, image: Reference, stop: CancellationToken) -> JoinHandle<()> {
+    pub(super) fn progress(
+        &self,
+        tracker: RecoveryTracker,
+        image: Reference,
+        stop: CancellationToken,
+    ) -> JoinHandle<()> {
         let bars = MultiProgress::with_draw_target(if self.json {
             ProgressDrawTarget::hidden()
         } else {
@@ -51,7 +56,7 @@ impl DemoOutput {
             let mut last = None;
             loop {
                 let stopped = stop.run_until_cancelled(tokio::time::sleep(REDRAW)).await.is_none();
-                last = board.running().remove(&image).or(last);
+                last = tracker.running().remove(&image).or(last);
                 for (digest, blob) in last.iter().flat_map(|progress| progress.blobs()) {
                     let bar = drawn.entry(digest).or_insert_with(|| bars.add(bar(digest, blob.size)));
                     bar.set_position(blob.done);

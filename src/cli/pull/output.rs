@@ -23,14 +23,14 @@ enum OutputMode {
 
 impl PullOutput {
     pub(super) fn new(reference: &Reference, dry_run: bool, json: bool) -> Self {
-        let way = if json {
+        let mode = if json {
             OutputMode::Json
         } else if std::io::stderr().is_terminal() {
             OutputMode::Bar(bar())
         } else {
             OutputMode::Lines(0)
         };
-        Self { reference: reference.to_string(), dry_run, mode: way }
+        Self { reference: reference.to_string(), dry_run, mode }
     }
 
     /// Prints one step. The caller prints a failure, but for JSON, which contains each step.
@@ -43,21 +43,21 @@ impl PullOutput {
                 bar.set_length(*total);
                 bar.set_position(*done);
             }
-            (OutputMode::Lines(told), PullProgress::Bytes { done, total }) => {
+            (OutputMode::Lines(printed), PullProgress::Bytes { done, total }) => {
                 let tenth = tenths(*done, *total);
-                if tenth > *told {
-                    *told = tenth;
+                if tenth > *printed {
+                    *printed = tenth;
                     line(&format!("{:>3} % of {}", tenth * 10, human_bytes(*total)));
                 }
             }
-            (way, progress) => {
+            (mode, progress) => {
                 if let Some(text) = sentence(&self.reference, self.dry_run, progress) {
-                    match way {
+                    match mode {
                         OutputMode::Bar(bar) => bar.suspend(|| line(&text)),
                         OutputMode::Json | OutputMode::Lines(_) => line(&text),
                     }
                 }
-                if let (OutputMode::Bar(bar), true) = (way, progress.is_last(self.dry_run)) {
+                if let (OutputMode::Bar(bar), true) = (mode, progress.is_last(self.dry_run)) {
                     bar.finish_and_clear();
                 }
             }

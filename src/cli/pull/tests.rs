@@ -42,11 +42,11 @@ struct TestAgent {
 async fn start_agent() -> TestAgent {
     let (me, peer) = (PeerId::from_public_key([0; 32]), PeerId::from_public_key([1; 32]));
     let (node, metrics): (NodeName, _) = ("here".parse().unwrap(), Metrics::new());
-    let (store, theirs) = (Arc::new(MemoryStore::new()), Arc::new(MemoryStore::new()));
-    let image = put_image(&*theirs, &[IMAGE.into()], &[90_000, 5], 1).await.unwrap();
-    let (fetcher, holders) = (Arc::new(MemoryFetcher::default()), PeerInventory::default());
+    let (store, peer_store) = (Arc::new(MemoryStore::new()), Arc::new(MemoryStore::new()));
+    let image = put_image(&*peer_store, &[IMAGE.into()], &[90_000, 5], 1).await.unwrap();
+    let (fetcher, inventory) = (Arc::new(MemoryFetcher::default()), PeerInventory::default());
     let address = "127.0.0.1:1".parse().unwrap();
-    holders.apply(MeshEvent::Up(Peer {
+    inventory.apply(MeshEvent::Up(Peer {
         id: peer,
         node: "there".parse().unwrap(),
         zone: None,
@@ -54,22 +54,22 @@ async fn start_agent() -> TestAgent {
         gossip: address,
     }));
     let Ok(Reference::Tag(repository, tag)) = IMAGE.parse() else { panic!("a tag") };
-    let blobs = theirs.blobs().await.unwrap().into_iter().map(|blob| InventoryItem::Blob(blob.digest));
+    let blobs = peer_store.blobs().await.unwrap().into_iter().map(|blob| InventoryItem::Blob(blob.digest));
     let items = blobs.chain([InventoryItem::Image(repository, Some(tag), image.target.digest)]).collect();
-    holders.apply(MeshEvent::Snapshot(peer, items));
-    fetcher.put_peer(peer, theirs, Behaviour::Honest);
-    let dependencies = RecoveryDependencies::on_fakes(me, node, Arc::clone(&store) as _, fetcher, holders);
+    inventory.apply(MeshEvent::Snapshot(peer, items));
+    fetcher.put_peer(peer, peer_store, Behaviour::Honest);
+    let dependencies = RecoveryDependencies::on_fakes(me, node, Arc::clone(&store) as _, fetcher, inventory);
     let recoverer = RecoveryDependencies { metrics: metrics.clone(), ..dependencies }.build();
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("agent.sock");
-    let (pulls_in, pulls) = mpsc::channel(4);
+    let (pull_sender, pulls) = mpsc::channel(4);
     let control =
-        ControlServer::bind(Config { socket: socket.clone() }, Arc::new(EmptyStatus), pulls_in).await.unwrap();
-    let by_hand =
+        ControlServer::bind(Config { socket: socket.clone() }, Arc::new(EmptyStatus), pull_sender).await.unwrap();
+    let manual_puller =
         ManualPuller { recoverer: Arc::new(recoverer), tracker: RecoveryTracker::default(), metrics, dry_run: false };
     let mut supervisor = Supervisor::default();
     supervisor.spawn("control", |stop| control.run(stop));
-    supervisor.spawn("by hand", |stop| by_hand.run(pulls, stop));
+    supervisor.spawn("by hand", |stop| manual_puller.run(pulls, stop));
     TestAgent { client: Client::new(&socket), store, image, _supervisor: supervisor, _folder: folder }
 }
 

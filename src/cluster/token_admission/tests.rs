@@ -42,16 +42,16 @@ async fn agent(fake: &Arc<FakeApiServer>, server: &mut JoinSet<()>) -> TokenAdmi
     agent_at(serve(fake, server).await, TokenAdmissionOptions::default())
 }
 
-fn agent_at(server: SocketAddr, keep: TokenAdmissionOptions) -> TokenAdmission {
+fn agent_at(server: SocketAddr, options: TokenAdmissionOptions) -> TokenAdmission {
     let client = Client::try_from(kube::Config::new(format!("http://{server}").parse().unwrap())).unwrap();
-    let own = AgentPod {
+    let agent_pod = AgentPod {
         node: "node-1".parse().unwrap(),
         k8s_namespace: "lighterman".to_owned(),
         pod_name: "agent-x".to_owned(),
         pod_uid: Some("p-1".to_owned()),
         service_account: "agent".to_owned(),
     };
-    TokenAdmission::new(&KubeCluster::new(client, own, Duration::ZERO), peer(), keep, Metrics::new())
+    TokenAdmission::new(&KubeCluster::new(client, agent_pod, Duration::ZERO), peer(), options, Metrics::new())
 }
 
 async fn serve(fake: &Arc<FakeApiServer>, server: &mut JoinSet<()>) -> SocketAddr {
@@ -102,8 +102,8 @@ fn credential_expiring_in(seconds: i64) -> Credential {
     Credential::new(sign(&claims))
 }
 
-fn rejection_text<T: std::fmt::Debug>(decided: Result<T, Rejection>) -> String {
-    match decided {
+fn rejection_text<T: std::fmt::Debug>(result: Result<T, Rejection>) -> String {
+    match result {
         Err(Rejection::Denied(text)) => text,
         other => panic!("{other:?}"),
     }
@@ -138,8 +138,8 @@ async fn a_token_of_an_unknown_key_refetches_the_keys_at_a_bounded_rate() {
     fake.publish(vec![old]);
     let agent = agent(&fake, &mut server).await;
     for _ in 0..20 {
-        let refused = agent.admit(peer(), &credential()).await.unwrap_err();
-        assert_eq!(refused, Rejection::Denied(TokenRejection::UnknownKey.to_string()));
+        let rejection = agent.admit(peer(), &credential()).await.unwrap_err();
+        assert_eq!(rejection, Rejection::Denied(TokenRejection::UnknownKey.to_string()));
     }
     assert_eq!(fake.key_request_count(), 1);
 
@@ -323,8 +323,8 @@ async fn an_unsaved_token_is_saved_when_the_folder_becomes_writable() {
     fake.publish(vec![json!(published())]);
     let (folder, address) = (tempfile::tempdir().unwrap(), serve(&fake, &mut server).await);
     let missing = folder.path().join("missing");
-    let keep = TokenAdmissionOptions { file: Some(missing.join("admission.json")), grace: GRACE };
-    let agent = Arc::new(agent_at(address, keep.clone()));
+    let options = TokenAdmissionOptions { file: Some(missing.join("admission.json")), grace: GRACE };
+    let agent = Arc::new(agent_at(address, options.clone()));
     let running = agent.clone();
     server.spawn(async move { running.run(CancellationToken::new()).await });
     while agent.credential().await.is_err() || fake.key_request_count() == 0 {
@@ -334,7 +334,7 @@ async fn an_unsaved_token_is_saved_when_the_folder_becomes_writable() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     std::fs::create_dir(&missing).unwrap();
     let mut waited = Duration::ZERO;
-    while agent_at(address, keep.clone()).credential().await.is_err() {
+    while agent_at(address, options.clone()).credential().await.is_err() {
         assert!(waited < 3 * SAVE_INTERVAL, "the write was not retried");
         advance_clock(SAVE_INTERVAL / 10).await;
         waited += SAVE_INTERVAL / 10;
@@ -356,8 +356,8 @@ async fn a_token_of_an_unknown_key_refetches_the_keys_without_blocking_the_event
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     fake.publish(vec![json!(published())]);
-    while let Err(refusal) = agent.admit_relayed(peer(), &credential()) {
-        assert!(matches!(refusal, Rejection::Undecided(_)), "{refusal}");
+    while let Err(rejection) = agent.admit_relayed(peer(), &credential()) {
+        assert!(matches!(rejection, Rejection::Undecided(_)), "{rejection}");
         advance_clock(Duration::from_secs(1)).await;
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -372,7 +372,7 @@ fn a_token_is_renewed_well_before_it_expires() {
 
 #[test]
 fn the_backoff_grows_to_its_maximum() {
-    let pauses: Vec<_> = (1..=8).map(|failures| backoff_delay(failures, 1.0).as_secs()).collect();
-    assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
+    let delays: Vec<_> = (1..=8).map(|failures| backoff_delay(failures, 1.0).as_secs()).collect();
+    assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60]);
     assert_eq!(backoff_delay(u32::MAX, 0.0), MAX_BACKOFF / 2);
 }

@@ -28,9 +28,9 @@ maxDownloadRate: 50Mi
 maxUploadRate: 100M
 "#;
     let overrides = PolicyOverrides::parse(text).unwrap();
-    let rules = overrides.apply(&flags());
-    assert!(rules.opt_in.kill_switch);
-    assert_eq!(rules.opt_in.denied_k8s_namespaces, ["007".to_owned(), "kube-system".to_owned()].into());
+    let policy = overrides.apply(&flags());
+    assert!(policy.opt_in.kill_switch);
+    assert_eq!(policy.opt_in.denied_k8s_namespaces, ["007".to_owned(), "kube-system".to_owned()].into());
     let budgets = Budgets {
         concurrent_recoveries: 3,
         concurrent_blobs: 8,
@@ -41,7 +41,7 @@ maxUploadRate: 100M
         max_download_rate: 50 << 20,
         max_upload_rate: 100_000_000,
     };
-    assert_eq!(rules.budgets, budgets);
+    assert_eq!(policy.budgets, budgets);
     assert_eq!(overrides.denied_namespace_selector, "tier=system".parse().ok());
     assert_eq!(overrides.allowed_namespace_selector, "lighterman.dev/cni in (calico, cilium)".parse().ok());
     assert_eq!(overrides.recover_on, Some([Trigger::Unavailable, Trigger::Denied].into()));
@@ -58,16 +58,16 @@ fn absent_fields_leave_the_flags_in_force() {
         assert_eq!(PolicyOverrides::parse(text), Ok(PolicyOverrides::default()), "{text:?}");
     }
     assert_eq!(PolicyOverrides::default().apply(&flags()), flags());
-    let rules = PolicyOverrides::parse("concurrentBlobs: 1").unwrap().apply(&flags());
-    assert_eq!(rules.budgets, Budgets { concurrent_blobs: 1, ..flags().budgets });
-    assert_eq!(rules.opt_in, flags().opt_in);
+    let policy = PolicyOverrides::parse("concurrentBlobs: 1").unwrap().apply(&flags());
+    assert_eq!(policy.budgets, Budgets { concurrent_blobs: 1, ..flags().budgets });
+    assert_eq!(policy.opt_in, flags().opt_in);
     let nothing_denied = PolicyOverrides::parse("deniedNamespaces: []").unwrap().apply(&flags());
     assert!(nothing_denied.opt_in.denied_k8s_namespaces.is_empty());
 }
 
 #[test]
 fn an_error_names_its_position_and_the_allowed_values() {
-    for (text, line, column, said) in [
+    for (text, line, column, expected) in [
         ("killSwitch: true\nkillSwich: true\n", 2, 1, "killSwich"),
         ("# x\nkillSwitch: true\nkillSwitch: false\n", 3, 1, "killSwitch is set a second time"),
         ("\nkillSwitch: yes\n", 2, 13, "true or false"),
@@ -95,21 +95,21 @@ fn an_error_names_its_position_and_the_allowed_values() {
         ("<html>", 1, 1, "killSwitch: true"),
         ("recoverOn: &a [denied]\n", 1, 15, "no anchors"),
     ] {
-        let refused = PolicyOverrides::parse(text).expect_err(text);
-        assert!(!refused.reason.is_empty() && !refused.reason.contains('\n'), "{refused}");
-        assert_eq!((refused.line, refused.column), (line, column), "{text:?}: {refused}");
-        assert!(refused.reason.contains(said), "{text:?}: {refused}");
+        let error = PolicyOverrides::parse(text).expect_err(text);
+        assert!(!error.reason.is_empty() && !error.reason.contains('\n'), "{error}");
+        assert_eq!((error.line, error.column), (line, column), "{text:?}: {error}");
+        assert!(error.reason.contains(expected), "{text:?}: {error}");
     }
 }
 
 #[test]
 fn the_error_for_an_unknown_field_lists_the_known_fields() {
-    let refused = PolicyOverrides::parse("maxUpload: 1").unwrap_err();
-    assert!(refused.reason.contains("maxUploadRate"), "{refused}");
+    let error = PolicyOverrides::parse("maxUpload: 1").unwrap_err();
+    assert!(error.reason.contains("maxUploadRate"), "{error}");
 }
 
 #[test]
-fn yaml_bombs_are_refused_before_expansion() {
+fn yaml_bombs_are_rejected_before_expansion() {
     let bomb = "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: [*b,*b,*b,*b,*b,*b,*b,*b]\n";
     let deep = format!("recoverOn: {}", "[".repeat(100_000));
     let many = format!("deniedNamespaces: [{}]", "a,".repeat(MAX_NODES));
@@ -122,15 +122,15 @@ fn yaml_bombs_are_refused_before_expansion() {
 
 #[test]
 fn invalid_utf_8_is_reported_with_its_position() {
-    let refused = PolicyOverrides::parse_bytes(b"killSwitch: true\n# caf\xe9\n").unwrap_err();
-    assert_eq!((refused.line, refused.column, refused.reason.as_str()), (2, 6, "not UTF-8"));
+    let error = PolicyOverrides::parse_bytes(b"killSwitch: true\n# caf\xe9\n").unwrap_err();
+    assert_eq!((error.line, error.column, error.reason.as_str()), (2, 6, "not UTF-8"));
 }
 
 proptest::proptest! {
     #[test]
-    fn any_policy_file_is_read_or_refused_without_a_panic(text in "((killSwitch|recoverOn|maxImageBytes|x): ?[\\[\\]{}&*a-z0-9\"'!|>-]{0,12}\n){0,4}|.{0,80}") {
-        if let Err(refused) = PolicyOverrides::parse(&text) {
-            proptest::prop_assert!(refused.line >= 1 && refused.column >= 1 && !refused.reason.is_empty());
+    fn any_policy_file_is_read_or_rejected_without_a_panic(text in "((killSwitch|recoverOn|maxImageBytes|x): ?[\\[\\]{}&*a-z0-9\"'!|>-]{0,12}\n){0,4}|.{0,80}") {
+        if let Err(error) = PolicyOverrides::parse(&text) {
+            proptest::prop_assert!(error.line >= 1 && error.column >= 1 && !error.reason.is_empty());
         }
     }
 }

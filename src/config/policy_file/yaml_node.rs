@@ -90,23 +90,23 @@ impl YamlNode {
 }
 
 /// The error for a value that is not `allowed` at its position.
-fn refuse<T>(node: &Spanned<YamlNode>, allowed: &str) -> Result<T, PolicyFileError> {
-    let place = &node.referenced;
+fn reject<T>(node: &Spanned<YamlNode>, allowed: &str) -> Result<T, PolicyFileError> {
+    let location = &node.referenced;
     let reason = format!("{} is given; {allowed} is allowed", node.value.describe());
-    Err(PolicyFileError { line: place.line(), column: place.column(), reason })
+    Err(PolicyFileError { line: location.line(), column: location.column(), reason })
 }
 
 pub(super) fn boolean(node: &Spanned<YamlNode>) -> Result<bool, PolicyFileError> {
     match node.value {
         YamlNode::Boolean(on) => Ok(on),
-        _ => refuse(node, "true or false"),
+        _ => reject(node, "true or false"),
     }
 }
 
 pub(super) fn count(node: &Spanned<YamlNode>) -> Result<usize, PolicyFileError> {
     match node.value {
         YamlNode::Number(number @ 1..=MAX_CONCURRENT) => Ok(number as usize),
-        _ => refuse(node, &format!("a whole number from 1 to {MAX_CONCURRENT}")),
+        _ => reject(node, &format!("a whole number from 1 to {MAX_CONCURRENT}")),
     }
 }
 
@@ -116,14 +116,14 @@ pub(super) fn bytes(node: &Spanned<YamlNode>) -> Result<u64, PolicyFileError> {
         YamlNode::Text(text) => quantity::parse(text),
         _ => None,
     };
-    bytes.map_or_else(|| refuse(node, quantity::ALLOWED), Ok)
+    bytes.map_or_else(|| reject(node, quantity::ALLOWED), Ok)
 }
 
 /// A percentage up to `most`.
-pub(super) fn percent(node: &Spanned<YamlNode>, most: u8) -> Result<u8, PolicyFileError> {
+pub(super) fn percent(node: &Spanned<YamlNode>, limit: u8) -> Result<u8, PolicyFileError> {
     match &node.value {
-        YamlNode::Number(percent) if *percent <= u64::from(most) => Ok(*percent as u8),
-        _ => refuse(node, &format!("a percentage from 0 to {most}")),
+        YamlNode::Number(percent) if *percent <= u64::from(limit) => Ok(*percent as u8),
+        _ => reject(node, &format!("a percentage from 0 to {limit}")),
     }
 }
 
@@ -131,7 +131,7 @@ pub(super) fn percent(node: &Spanned<YamlNode>, most: u8) -> Result<u8, PolicyFi
 pub(super) fn rate(node: &Spanned<YamlNode>) -> Result<u64, PolicyFileError> {
     match bytes(node)? {
         rate if rate == 0 || rate >= MIN_RATE => Ok(rate),
-        _ => refuse(node, &format!("0 for no limit, or at least {MIN_RATE} bytes per second")),
+        _ => reject(node, &format!("0 for no limit, or at least {MIN_RATE} bytes per second")),
     }
 }
 
@@ -139,39 +139,40 @@ pub(super) fn selector(node: &Spanned<YamlNode>) -> Result<Selector, PolicyFileE
     match &node.value {
         YamlNode::Text(text) if text.len() <= MAX_SELECTOR => match text.trim().parse() {
             Ok(selector) => Ok(selector),
-            Err(error) => refuse(node, &format!("a label selector: {error}")),
+            Err(error) => reject(node, &format!("a label selector: {error}")),
         },
-        _ => refuse(node, &format!("a label selector such as \"team in (a, b), !test\" of 1 to {MAX_SELECTOR} bytes")),
+        _ => reject(node, &format!("a label selector such as \"team in (a, b), !test\" of 1 to {MAX_SELECTOR} bytes")),
     }
 }
 
 pub(super) fn namespaces(node: &Spanned<YamlNode>) -> Result<BTreeSet<String>, PolicyFileError> {
-    let YamlNode::List(items) = &node.value else { return refuse(node, "a list of namespaces") };
+    let YamlNode::List(items) = &node.value else { return reject(node, "a list of namespaces") };
     let namespace = |item: &Spanned<YamlNode>| match &item.value {
         YamlNode::Text(name) if is_namespace(name) => Ok(name.clone()),
-        _ => refuse(item, "a namespace (1 to 63 of a-z 0-9 - ; in quotes where YAML reads a number or a boolean)"),
+        _ => reject(item, "a namespace (1 to 63 of a-z 0-9 - ; in quotes where YAML reads a number or a boolean)"),
     };
     items.iter().map(namespace).collect()
 }
 
 pub(super) fn causes(node: &Spanned<YamlNode>) -> Result<BTreeSet<Trigger>, PolicyFileError> {
     let allowed = format!("a list of one or more of {}", Trigger::ALL.map(Trigger::name).join(", "));
-    let YamlNode::List(items) = &node.value else { return refuse(node, &allowed) };
+    let YamlNode::List(items) = &node.value else { return reject(node, &allowed) };
     if items.is_empty() {
-        return refuse(node, &allowed);
+        return reject(node, &allowed);
     }
     let cause = |item: &Spanned<YamlNode>| match &item.value {
-        YamlNode::Text(name) => name.parse().or_else(|_| refuse(item, &allowed)),
-        _ => refuse(item, &allowed),
+        YamlNode::Text(name) => name.parse().or_else(|_| reject(item, &allowed)),
+        _ => reject(item, &allowed),
     };
     items.iter().map(cause).collect()
 }
 
 /// Whether the name is an RFC 1123 label, the form of Kubernetes' namespaces.
 fn is_namespace(name: &str) -> bool {
-    let word = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
-    let edges = name.bytes().next().is_some_and(word) && name.bytes().last().is_some_and(word);
-    edges && name.len() <= 63 && name.bytes().all(|byte| word(byte) || byte == b'-')
+    let is_alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let has_valid_ends =
+        name.bytes().next().is_some_and(is_alphanumeric) && name.bytes().last().is_some_and(is_alphanumeric);
+    has_valid_ends && name.len() <= 63 && name.bytes().all(|byte| is_alphanumeric(byte) || byte == b'-')
 }
 
 /// The parser's error in one line, with the terms of this file.

@@ -110,8 +110,8 @@ mod tests {
 
     #[test]
     fn a_cgroup_namespace_of_the_agents_own_does_not_hide_the_cgroup() {
-        let seen = "/../../system.slice/containerd.service";
-        let root = node(TREES[0], &[(7, "containerd", seen)]);
+        let cgroup = "/../../system.slice/containerd.service";
+        let root = node(TREES[0], &[(7, "containerd", cgroup)]);
         let folder = root.path().join("sys/fs/cgroup/system.slice/containerd.service");
         fs::create_dir_all(&folder).unwrap();
         assert_eq!(containerd_cgroup(root.path(), 7), Ok(fs::metadata(folder).unwrap().ino()));
@@ -119,12 +119,12 @@ mod tests {
 
     #[test]
     fn a_shared_or_root_cgroup_is_rejected_with_the_reason() {
-        let refused =
+        let rejection =
             |processes: &[(u64, &str, &str)]| containerd_cgroup(node(TREES[0], processes).path(), 7).unwrap_err();
-        assert!(refused(&[(7, "containerd", "/")]).contains("root cgroup"));
-        let shared = refused(&[(7, "containerd", "/k3s.service"), (8, "k3s-server", "/k3s.service")]);
+        assert!(rejection(&[(7, "containerd", "/")]).contains("root cgroup"));
+        let shared = rejection(&[(7, "containerd", "/k3s.service"), (8, "k3s-server", "/k3s.service")]);
         assert!(shared.contains("k3s-server"), "{shared}");
-        assert!(refused(&[(7, "nginx", "/nginx.service")]).contains("nginx"));
-        assert!(refused(&[]).contains("not containerd"));
+        assert!(rejection(&[(7, "nginx", "/nginx.service")]).contains("nginx"));
+        assert!(rejection(&[]).contains("not containerd"));
     }
 }

@@ -102,12 +102,12 @@ fn request(kind: u16, flags: u16, family: u8, states: u32, socket_id: &[u8; 48])
 fn socket_id(connection: &TcpConnection) -> [u8; 48] {
     let TcpConnection { local, remote, cookie, silent_for: _, unread: _ } = connection;
     let mut id = [0; 48];
-    for (index, end) in [local, remote].into_iter().enumerate() {
-        id[2 * index..][..2].copy_from_slice(&end.port().to_be_bytes());
-        let place = &mut id[4 + 16 * index..];
-        match end.ip() {
-            IpAddr::V4(address) => place[..4].copy_from_slice(&address.octets()),
-            IpAddr::V6(address) => place[..16].copy_from_slice(&address.octets()),
+    for (index, endpoint) in [local, remote].into_iter().enumerate() {
+        id[2 * index..][..2].copy_from_slice(&endpoint.port().to_be_bytes());
+        let field = &mut id[4 + 16 * index..];
+        match endpoint.ip() {
+            IpAddr::V4(address) => field[..4].copy_from_slice(&address.octets()),
+            IpAddr::V6(address) => field[..16].copy_from_slice(&address.octets()),
         }
     }
     // Two words of 32 bits, the low one first, whatever the machine's byte order.
@@ -128,7 +128,7 @@ fn read(mut answer: &[u8], cgroup: u64, connections: &mut TcpConnections) -> io:
                 let code = message.get(..4).map_or(0, |_| word(message, 0)) as i32;
                 return if code == 0 { Ok(true) } else { Err(io::Error::from_raw_os_error(-code)) };
             }
-            SOCK_DIAG_BY_FAMILY => add(message, cgroup, connections),
+            SOCK_DIAG_BY_FAMILY => add_socket(message, cgroup, connections),
             _ => {}
         }
         answer = answer.get(length.next_multiple_of(4)..).unwrap_or_default();
@@ -137,7 +137,7 @@ fn read(mut answer: &[u8], cgroup: u64, connections: &mut TcpConnections) -> io:
 }
 
 /// Adds a socket of this cgroup. A kernel that does not report cgroups yields no socket.
-fn add(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
+fn add_socket(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
     let Some((socket, attributes)) = message.split_at_checked(MESSAGE) else { return };
     let attributes = Attributes(attributes);
     let is_own = |value: &[u8]| value.get(..8).is_some_and(|id| id == cgroup.to_ne_bytes());
@@ -145,7 +145,7 @@ fn add(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
         return;
     }
     let (family, state) = (socket[0], socket[1]);
-    let end = |index: usize| {
+    let endpoint = |index: usize| {
         let port = u16::from_be_bytes([socket[4 + 2 * index], socket[5 + 2 * index]]);
         let address: [u8; 16] = std::array::from_fn(|byte| socket[8 + 16 * index + byte]);
         let address = match family {
@@ -155,14 +155,14 @@ fn add(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
         SocketAddr::new(address, port)
     };
     if state == LISTEN {
-        connections.listening.insert(end(0).port());
+        connections.listening.insert(endpoint(0).port());
         return;
     }
     let mut info = attributes.filter(|(kind, _)| *kind == TCP_INFO);
-    let Some(silent_for) = info.next().and_then(|(_, info)| silence(info)) else { return };
+    let Some(silent_for) = info.next().and_then(|(_, info)| idle_time(info)) else { return };
     connections.established.push(TcpConnection {
-        local: end(0),
-        remote: end(1),
+        local: endpoint(0),
+        remote: endpoint(1),
         cookie: u64::from(word(socket, 44)) | u64::from(word(socket, 48)) << 32,
         silent_for,
         unread: word(socket, 56),
@@ -171,7 +171,7 @@ fn add(message: &[u8], cgroup: u64, connections: &mut TcpConnections) {
 
 /// Time since the last sent or received data: `tcpi_last_data_sent` and `tcpi_last_data_recv` of
 /// `struct tcp_info`, in milliseconds.
-fn silence(info: &[u8]) -> Option<Duration> {
+fn idle_time(info: &[u8]) -> Option<Duration> {
     let info = info.get(..56)?;
     Some(Duration::from_millis(word(info, 44).min(word(info, 52)).into()))
 }
@@ -256,11 +256,11 @@ mod tests {
         for length in HEADER..bytes.len() {
             assert!(read(&bytes[..length], 77, &mut TcpConnections::default()).is_err(), "{length}");
         }
-        let mut refused = 20u32.to_ne_bytes().to_vec();
-        refused.extend(NLMSG_ERROR.to_ne_bytes());
-        refused.extend([0; 10]);
-        refused.extend((-(Errno::EPERM as i32)).to_ne_bytes());
-        let error = read(&refused, 77, &mut TcpConnections::default()).unwrap_err();
+        let mut message = 20u32.to_ne_bytes().to_vec();
+        message.extend(NLMSG_ERROR.to_ne_bytes());
+        message.extend([0; 10]);
+        message.extend((-(Errno::EPERM as i32)).to_ne_bytes());
+        let error = read(&message, 77, &mut TcpConnections::default()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
     }
 }

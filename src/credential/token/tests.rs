@@ -99,7 +99,7 @@ fn a_token_made_for_this_peer_admits_the_peer() {
 #[test]
 fn a_token_with_an_unexpected_claim_is_rejected() {
     let other_peer = PeerId::from_public_key([8; 32]).to_string();
-    for (claim, value, flaw) in [
+    for (claim, value, rejection) in [
         ("/iss", json!("https://other.test"), TokenRejection::Issuer),
         ("/iss", Value::Null, TokenRejection::Malformed),
         ("/aud", json!([other_peer]), TokenRejection::Audience),
@@ -121,7 +121,7 @@ fn a_token_with_an_unexpected_claim_is_rejected() {
         ("/kubernetes.io/pod/uid", json!(""), TokenRejection::Unbound),
         ("/kubernetes.io/node/name", json!("No Node"), TokenRejection::Malformed),
     ] {
-        assert_eq!(check_with(claim, value.clone()), Err(flaw), "{claim} {value}");
+        assert_eq!(check_with(claim, value.clone()), Err(rejection), "{claim} {value}");
     }
 }
 
@@ -134,8 +134,8 @@ fn clocks_may_differ_by_a_minute() {
 
 #[test]
 fn a_token_without_the_clusters_signature_is_rejected() {
-    let stranger = encode(&header(Algorithm::ES256), &good_claims(), &signer(OTHER_CLUSTER)).unwrap();
-    assert_eq!(check(&stranger), Err(TokenRejection::Signature));
+    let foreign = encode(&header(Algorithm::ES256), &good_claims(), &signer(OTHER_CLUSTER)).unwrap();
+    assert_eq!(check(&foreign), Err(TokenRejection::Signature));
 
     let mut changed = sign(&good_claims());
     changed.replace_range(changed.len() - 8..changed.len() - 4, "AAAA");

@@ -177,7 +177,7 @@ fn cause_of_error(text: &str, step: PullStep, named_url: bool) -> Cause {
         return cause_of_status(status, step);
     }
     let lower = without_names(text);
-    let has = |pieces: &[&str]| contains_any(&lower, pieces);
+    let has = |phrases: &[&str]| contains_any(&lower, phrases);
     // Faults of this node in any step: its disk, the runtime's socket, the kubelet's own limits.
     if has(&["pull qps exceeded"]) {
         return Cause::KubeletLimit;
@@ -243,7 +243,7 @@ fn cause_of_status(status: u16, step: PullStep) -> Cause {
 
 /// Content of this node that is missing or damaged, as after a power loss.
 fn is_missing_content(lower: &str, step: PullStep) -> bool {
-    let has = |pieces: &[&str]| contains_any(lower, pieces);
+    let has = |phrases: &[&str]| contains_any(lower, phrases);
     let is_json = has(&["unexpected end of json input", "invalid character"]);
     has(&["wrong diff id calculated on extraction", "failed to get reader from content store"])
         || has(&["failed to resolve rootfs"])
@@ -254,7 +254,7 @@ fn is_missing_content(lower: &str, step: PullStep) -> bool {
 
 /// The cause in a registry's own text, where containerd shows no status.
 fn cause_of_registry_text(lower: &str, step: PullStep) -> Option<Cause> {
-    let has = |pieces: &[&str]| contains_any(lower, pieces);
+    let has = |phrases: &[&str]| contains_any(lower, phrases);
     if has(&["access denied", "insufficient_scope", "authorization failed", "authentication required", "no basic auth"])
         || has(&["unauthorized", "requested access to the resource is denied"])
     {
@@ -320,12 +320,12 @@ fn transport_failure(lower: &str) -> Option<OutageKind> {
             ],
         ),
     ];
-    let told = KINDS.iter().find(|(_, pieces)| contains_any(lower, pieces)).map(|(kind, _)| *kind);
-    told.or_else(|| has_word(lower, "eof").then_some(OutageKind::Refused))
+    let failure = KINDS.iter().find(|(_, phrases)| contains_any(lower, phrases)).map(|(kind, _)| *kind);
+    failure.or_else(|| has_word(lower, "eof").then_some(OutageKind::Refused))
 }
 
-fn contains_any(text: &str, pieces: &[&str]) -> bool {
-    pieces.iter().any(|piece| text.contains(piece))
+fn contains_any(text: &str, phrases: &[&str]) -> bool {
+    phrases.iter().any(|phrase| text.contains(phrase))
 }
 
 fn has_word(text: &str, wanted: &str) -> bool {
@@ -347,6 +347,6 @@ fn without_names(text: &str) -> String {
     };
     let is_path = |token: &str| token.contains('/') && !token.contains("i/o") && !token.contains("input/output");
     let is_name = |token: &str| is_path(token) || token.contains('@') || is_quoted(token) || is_address(token);
-    let kept: Vec<_> = text.split_whitespace().filter(|token| !is_name(token)).collect();
-    kept.join(" ").to_ascii_lowercase()
+    let words: Vec<_> = text.split_whitespace().filter(|token| !is_name(token)).collect();
+    words.join(" ").to_ascii_lowercase()
 }

@@ -118,8 +118,8 @@ impl ZoneLeader {
     }
 
     fn update(&mut self, now: Instant) {
-        let may = self.leads_at().is_none_or(|at| at <= now);
-        self.leading_since = if may { self.leading_since.or(Some(now)) } else { None };
+        let is_leading = self.leads_at().is_none_or(|at| at <= now);
+        self.leading_since = if is_leading { self.leading_since.or(Some(now)) } else { None };
     }
 
     /// When this node begins to lead without progress; `None` for the first rank, which always
@@ -181,20 +181,20 @@ mod tests {
     #[test]
     fn the_first_rank_leads_and_the_next_two_take_over_without_progress() {
         let (now, ranked) = (Instant::now(), ranked());
-        let crossing_after = |time: Duration| -> Vec<usize> {
-            let crosses = |me: &PeerId| {
-                let mut one = ZoneLeader::new(*me, claim(), now);
-                one.set_fetching(&ranked, now);
-                one.update_is_leading(now + time)
+        let leading_after = |time: Duration| -> Vec<usize> {
+            let leads = |me: &PeerId| {
+                let mut leader = ZoneLeader::new(*me, claim(), now);
+                leader.set_fetching(&ranked, now);
+                leader.update_is_leading(now + time)
             };
-            (0..10).filter(|rank| crosses(&ranked[*rank])).collect()
+            (0..10).filter(|rank| leads(&ranked[*rank])).collect()
         };
-        assert_eq!(crossing_after(seconds(0)), [0]);
-        assert_eq!(crossing_after(Duration::from_millis(2999)), [0]);
-        assert_eq!(crossing_after(seconds(3)), [0, 1]);
-        assert_eq!(crossing_after(seconds(4)), [0, 1, 2]);
-        assert_eq!(crossing_after(seconds(29)), [0, 1, 2]);
-        assert_eq!(crossing_after(seconds(31)), [0, 1, 2, 3, 4], "no recovery waits forever");
+        assert_eq!(leading_after(seconds(0)), [0]);
+        assert_eq!(leading_after(Duration::from_millis(2999)), [0]);
+        assert_eq!(leading_after(seconds(3)), [0, 1]);
+        assert_eq!(leading_after(seconds(4)), [0, 1, 2]);
+        assert_eq!(leading_after(seconds(29)), [0, 1, 2]);
+        assert_eq!(leading_after(seconds(31)), [0, 1, 2, 3, 4], "no recovery waits forever");
     }
 
     #[test]

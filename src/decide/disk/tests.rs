@@ -31,8 +31,8 @@ fn small_and_ordinary_images_fit_in_the_band_that_the_kubelet_keeps() {
     let node = shared(17 * GIB, 100 * GIB);
     assert_eq!(missing(1 << 20, node), Ok(()));
     assert_eq!(missing(GIB, node), Ok(()));
-    let refused = missing(GIB + 1, node).unwrap_err();
-    assert!(matches!(refused, OverLimit::Disk { volume: Volume::Both, .. }), "{refused}");
+    let rejected = missing(GIB + 1, node).unwrap_err();
+    assert!(matches!(rejected, OverLimit::Disk { volume: Volume::Both, .. }), "{rejected}");
     assert_eq!(missing(1 << 20, shared(15 * GIB + (2 << 20), 100 * GIB)), Ok(()));
     assert!(missing(1 << 20, shared(15 * GIB + (2 << 20) - 1, 100 * GIB)).is_err());
 }
@@ -40,9 +40,9 @@ fn small_and_ordinary_images_fit_in_the_band_that_the_kubelet_keeps() {
 #[test]
 fn unpacked_layers_may_pass_the_collection_threshold_and_a_download_may_not() {
     // k3s's settings: the kubelet collects at 85 % used and evicts at 5 % free.
-    let lines = DiskFloors { min_free_bytes: 0, image_gc_percent: 85, eviction_percent: 5 };
+    let floors = DiskFloors { min_free_bytes: 0, image_gc_percent: 85, eviction_percent: 5 };
     let check = |download, unpack, free| {
-        check(DiskNeed { download, unpack }, DiskNeed::default(), shared(free, 1000), lines)
+        check(DiskNeed { download, unpack }, DiskNeed::default(), shared(free, 1000), floors)
             .map_err(|error| error.to_string())
     };
     assert_eq!(check(50, 100, 200), Ok(()));
@@ -97,20 +97,20 @@ fn an_image_that_misses_nothing_fits_on_a_full_disk() {
 
 #[test]
 fn the_larger_of_bytes_and_percent_stays_free() {
-    let lines = DiskFloors { min_free_bytes: 1000, image_gc_percent: 80, eviction_percent: 15 };
-    assert_eq!((lines.download_floor(100), lines.unpack_floor(100)), (1000, 1000));
-    assert_eq!((lines.download_floor(100_000), lines.unpack_floor(100_000)), (20_000, 15_000));
-    assert_eq!(lines.unpack_floor(10_001), 1501, "the floor is rounded up");
-    assert!(lines.download_floor(u64::MAX) < u64::MAX);
+    let floors = DiskFloors { min_free_bytes: 1000, image_gc_percent: 80, eviction_percent: 15 };
+    assert_eq!((floors.download_floor(100), floors.unpack_floor(100)), (1000, 1000));
+    assert_eq!((floors.download_floor(100_000), floors.unpack_floor(100_000)), (20_000, 15_000));
+    assert_eq!(floors.unpack_floor(10_001), 1501, "the floor is rounded up");
+    assert!(floors.download_floor(u64::MAX) < u64::MAX);
 }
 
 prop_compose! {
     fn any_disks()(
         total in 1_u64..1 << 50, other_total in 1_u64..1 << 50, free in 0.0..1.0, other_free in 0.0..1.0, kind in 0_u8..4,
     ) -> Disks {
-        let part = |total: u64, free: f64| (total as f64 * free) as u64;
-        let content = disk(1, part(total, free), total);
-        let other = disk(2, part(other_total, other_free), other_total);
+        let share = |total: u64, free: f64| (total as f64 * free) as u64;
+        let content = disk(1, share(total, free), total);
+        let other = disk(2, share(other_total, other_free), other_total);
         match kind {
             0 => Disks { content: Some(content), snapshots: Some(content) },
             1 => Disks { content: Some(content), snapshots: Some(other) },
@@ -128,10 +128,10 @@ proptest! {
         download in 0_u64..1 << 46, unpack in 0_u64..1 << 46, others in 0_u64..1 << 40,
         min_free_bytes in 0_u64..1 << 34, image_gc_percent in 60_u8..=100, eviction_percent in 0_u8..=40,
     ) {
-        let lines = DiskFloors { min_free_bytes, image_gc_percent, eviction_percent };
+        let floors = DiskFloors { min_free_bytes, image_gc_percent, eviction_percent };
         let reserved = DiskNeed { download: others, unpack: others };
         prop_assume!(download + unpack > 0);
-        if check(DiskNeed { download, unpack }, reserved, disks, lines).is_err() {
+        if check(DiskNeed { download, unpack }, reserved, disks, floors).is_err() {
             return Ok(());
         }
         let (content, snapshots) = match disks {
@@ -143,7 +143,7 @@ proptest! {
             left.is_some_and(|left| u128::from(left) * 100 >= u128::from(disk.total) * u128::from(eviction_percent) && left >= min_free_bytes)
         };
         match snapshots {
-            // An image without need of a disk is not refused for the reservations of other
+            // An image without need of a disk is not rejected for the reservations of other
             // recoveries.
             Some(snapshots) => {
                 prop_assert!(download == 0 || above(content, download + others));

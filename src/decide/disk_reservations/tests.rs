@@ -27,9 +27,9 @@ fn reserve(all: &Reservations, bytes: u64, free: u64) -> Result<Reservation, Ove
 fn two_recoveries_that_each_fit_do_not_both_go_below_the_floor() {
     let all = Reservations::default();
     let first = reserve(&all, 600, 1000).unwrap();
-    let refused = reserve(&all, 301, 1000).unwrap_err();
-    assert_eq!(refused, OverLimit::Disk { volume: Volume::Both, need: 301, reserved: 600, free: 1000, floor: 100 });
-    assert!(refused.to_string().contains("600"), "{refused}");
+    let rejected = reserve(&all, 301, 1000).unwrap_err();
+    assert_eq!(rejected, OverLimit::Disk { volume: Volume::Both, need: 301, reserved: 600, free: 1000, floor: 100 });
+    assert!(rejected.to_string().contains("600"), "{rejected}");
     drop(reserve(&all, 300, 1000).unwrap());
     drop(first);
     assert_eq!(all.outstanding(), DiskNeed::default());
@@ -70,8 +70,8 @@ fn the_real_size_of_a_layer_replaces_the_estimate() {
     let image = all.reserve(DiskNeed::of_missing(200), all.begin_measurement(), shared(1000), FLOORS).unwrap();
     image.record_written(200);
     let unpack = |real, free| image.replace_estimate(200, real, all.begin_measurement(), shared(free), FLOORS);
-    let refused = unpack(701, 800).unwrap_err();
-    assert!(matches!(refused, OverLimit::Disk { need: 701, reserved: 0, free: 800, .. }), "{refused}");
+    let rejected = unpack(701, 800).unwrap_err();
+    assert!(matches!(rejected, OverLimit::Disk { need: 701, reserved: 0, free: 800, .. }), "{rejected}");
     assert_eq!(all.outstanding(), DiskNeed { download: 0, unpack: 200 }, "the estimate stays");
     unpack(700, 800).unwrap();
     assert_eq!(all.outstanding(), DiskNeed { download: 0, unpack: 700 });
@@ -80,14 +80,14 @@ fn the_real_size_of_a_layer_replaces_the_estimate() {
 }
 
 #[test]
-fn a_refused_recovery_is_retried_once_when_its_space_is_free() {
+fn a_rejected_recovery_is_retried_once_when_its_space_is_free() {
     let all = Reservations::default();
-    let freed = |free| all.clear_refusals_if_freed(all.begin_measurement(), shared(free), FLOORS);
-    assert!(!all.has_refused() && !freed(u64::MAX));
+    let freed = |free| all.clear_rejected_if_freed(all.begin_measurement(), shared(free), FLOORS);
+    assert!(!all.has_rejected() && !freed(u64::MAX));
     assert!(reserve(&all, 500, 400).is_err() && reserve(&all, 900, 400).is_err());
-    assert!(all.has_refused() && !freed(599));
+    assert!(all.has_rejected() && !freed(599));
     assert!(freed(600), "the smaller of the two fits");
-    assert!(!all.has_refused() && !freed(u64::MAX));
+    assert!(!all.has_rejected() && !freed(u64::MAX));
 }
 
 #[test]
@@ -95,18 +95,18 @@ fn space_released_by_another_recovery_triggers_a_retry() {
     let all = Reservations::default();
     let first = reserve(&all, 800, 1000).unwrap();
     assert!(reserve(&all, 500, 1000).is_err());
-    assert!(!all.clear_refusals_if_freed(all.begin_measurement(), shared(1000), FLOORS));
+    assert!(!all.clear_rejected_if_freed(all.begin_measurement(), shared(1000), FLOORS));
     drop(first);
-    assert!(all.clear_refusals_if_freed(all.begin_measurement(), shared(1000), FLOORS));
+    assert!(all.clear_rejected_if_freed(all.begin_measurement(), shared(1000), FLOORS));
 }
 
 #[test]
-fn refusals_are_remembered_up_to_a_bound() {
+fn rejected_needs_are_kept_up_to_a_bound() {
     let all = Reservations::default();
     for bytes in 1..100 {
         assert!(reserve(&all, bytes, 0).is_err());
     }
-    assert_eq!(lock(&all.0).refusals.len(), MAX_REFUSALS);
+    assert_eq!(lock(&all.0).rejected.len(), MAX_REJECTED);
 }
 
 #[test]
@@ -134,7 +134,7 @@ enum DiskStep {
     End(usize),
 }
 
-fn moves() -> impl Strategy<Value = Vec<DiskStep>> {
+fn steps() -> impl Strategy<Value = Vec<DiskStep>> {
     let one = prop_oneof![
         Just(DiskStep::Measure),
         (0_u64..400).prop_map(DiskStep::Begin),
@@ -148,33 +148,33 @@ fn moves() -> impl Strategy<Value = Vec<DiskStep>> {
 proptest! {
     /// On a disk without other writers. Measurements may be arbitrarily old.
     #[test]
-    fn the_floor_is_kept_however_recoveries_interleave(moves in moves()) {
+    fn the_floor_is_kept_however_recoveries_interleave(steps in steps()) {
         let all = Reservations::default();
         let mut free = 1000;
         let mut measured = (all.begin_measurement(), free);
         // Each recovery: its reservation, what it may still write, and what it may still unpack.
         let mut running: Vec<(Reservation, u64, u64)> = Vec::new();
-        for step in moves {
+        for step in steps {
             let count = running.len().max(1);
             match step {
                 DiskStep::Measure => measured = (all.begin_measurement(), free),
                 DiskStep::Begin(missing) => {
-                    if let Ok(room) = all.reserve(DiskNeed::of_missing(missing), measured.0, shared(measured.1), FLOORS) {
-                        running.push((room, missing, missing));
+                    if let Ok(reservation) = all.reserve(DiskNeed::of_missing(missing), measured.0, shared(measured.1), FLOORS) {
+                        running.push((reservation, missing, missing));
                     }
                 }
-                DiskStep::Write(which, bytes) => if let Some((room, may, _)) = running.get_mut(which % count) {
+                DiskStep::Write(which, bytes) => if let Some((reservation, may, _)) = running.get_mut(which % count) {
                     let bytes = bytes.min(*may);
                     free -= bytes;
                     *may -= bytes;
-                    room.record_written(bytes);
+                    reservation.record_written(bytes);
                 }
-                DiskStep::Unpack(which, times) => if let Some((room, _, may)) = running.get_mut(which % count) {
+                DiskStep::Unpack(which, times) => if let Some((reservation, _, may)) = running.get_mut(which % count) {
                     let real = *may * times;
-                    if room.replace_estimate(*may, real, measured.0, shared(measured.1), FLOORS).is_ok() {
+                    if reservation.replace_estimate(*may, real, measured.0, shared(measured.1), FLOORS).is_ok() {
                         free -= real;
                         *may = 0;
-                        room.record_unpacked(real);
+                        reservation.record_unpacked(real);
                     }
                 }
                 DiskStep::End(which) => if !running.is_empty() {

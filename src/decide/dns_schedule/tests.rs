@@ -45,15 +45,15 @@ impl<S: Fn(Duration) -> (Option<usize>, usize)> ResolvingAgent<S> {
 
 #[test]
 fn an_agent_of_a_converged_mesh_sends_at_most_twelve_queries_an_hour() {
-    let mut most = 0;
+    let mut max_queries = 0;
     for seed in 0..200 {
         // Three seconds after the start, gossip has brought all other members.
         let mut agent = ResolvingAgent::new(seed, |at| (Some(4999), if at.as_secs() < 3 { 0 } else { 4999 }));
         let look_ups = agent.look_ups(10 * MINUTE, 10 * MINUTE + HOUR).len();
         assert!(look_ups > 0, "two halves of a cluster find each other again");
-        most = most.max(look_ups * QUERIES);
+        max_queries = max_queries.max(look_ups * QUERIES);
     }
-    assert!(most <= 12, "{most}");
+    assert!(max_queries <= 12, "{max_queries}");
 }
 
 #[test]

@@ -23,55 +23,61 @@ fn secrets(names: &[&str]) -> BTreeSet<SecretName> {
     names.iter().map(|name| ("shop".to_owned(), (*name).to_owned())).collect()
 }
 
-fn fills(now: Instant) -> FillScheduler {
+fn scheduler(now: Instant) -> FillScheduler {
     FillScheduler::new(FetchFrom::Registry, now, 1.0)
 }
 
 /// The fetch that begins for one node without members, with the longest pauses.
-fn begins(fills: &mut FillScheduler, image: &IncompleteImage, now: Instant) -> Option<FillSource> {
-    fills.start_next(std::slice::from_ref(image), 1, now, || 1.0).map(|(_, source)| source)
+fn start_fill(scheduler: &mut FillScheduler, image: &IncompleteImage, now: Instant) -> Option<FillSource> {
+    scheduler.start_next(std::slice::from_ref(image), 1, now, || 1.0).map(|(_, source)| source)
 }
 
 /// The first fetch that begins within `seconds`, with the second of its begin.
-fn first(fills: &mut FillScheduler, image: &IncompleteImage, from: Instant, seconds: u64) -> Option<(u64, FillSource)> {
-    (0..seconds).find_map(|second| Some((second, begins(fills, image, from + SECOND * second as u32)?)))
+fn first(
+    scheduler: &mut FillScheduler,
+    image: &IncompleteImage,
+    from: Instant,
+    seconds: u64,
+) -> Option<(u64, FillSource)> {
+    (0..seconds).find_map(|second| Some((second, start_fill(scheduler, image, from + SECOND * second as u32)?)))
 }
 
 #[test]
 fn peers_have_precedence_over_a_healthy_registry() {
     let start = Instant::now();
-    let held = IncompleteImage { has_providers: true, ..image("a") };
-    assert_eq!(first(&mut fills(start), &held, start, 600), Some((2, FillSource::Peers)));
-    assert_eq!(first(&mut fills(start), &image("a"), start, 600), Some((20, FillSource::Registry)));
+    let provided = IncompleteImage { has_providers: true, ..image("a") };
+    assert_eq!(first(&mut scheduler(start), &provided, start, 600), Some((2, FillSource::Peers)));
+    assert_eq!(first(&mut scheduler(start), &image("a"), start, 600), Some((20, FillSource::Registry)));
 }
 
 #[test]
 fn a_registry_is_used_only_while_healthy_with_room_and_by_the_setting() {
     let start = Instant::now();
     let fetched = |from, image: &IncompleteImage| first(&mut FillScheduler::new(from, start, 0.0), image, start, 7200);
-    let (lone, held) = (image("a"), IncompleteImage { has_providers: true, ..image("a") });
-    for never in [IncompleteImage { is_healthy: false, ..image("a") }, IncompleteImage { fits: false, ..held.clone() }]
+    let (lone, provided) = (image("a"), IncompleteImage { has_providers: true, ..image("a") });
+    for never in
+        [IncompleteImage { is_healthy: false, ..image("a") }, IncompleteImage { fits: false, ..provided.clone() }]
     {
         assert_eq!(fetched(FetchFrom::Registry, &never), None, "{never:?}");
     }
     assert_eq!(fetched(FetchFrom::Peers, &lone), None);
-    assert_eq!(fetched(FetchFrom::Peers, &held), Some((0, FillSource::Peers)));
-    assert_eq!((fetched(FetchFrom::None, &lone), fetched(FetchFrom::None, &held)), (None, None));
+    assert_eq!(fetched(FetchFrom::Peers, &provided), Some((0, FillSource::Peers)));
+    assert_eq!((fetched(FetchFrom::None, &lone), fetched(FetchFrom::None, &provided)), (None, None));
 }
 
 #[test]
 fn only_a_single_image_is_fetched_at_a_time() {
     let start = Instant::now();
-    let (mut fills, later) = (fills(start), start + HOUR);
+    let (mut scheduler, later) = (scheduler(start), start + HOUR);
     assert_eq!(
-        begins(&mut fills, &IncompleteImage { has_providers: true, ..image("a") }, later),
+        start_fill(&mut scheduler, &IncompleteImage { has_providers: true, ..image("a") }, later),
         Some(FillSource::Peers)
     );
-    assert_eq!(begins(&mut fills, &IncompleteImage { has_providers: true, ..image("b") }, later + HOUR), None);
-    assert_eq!(fills.unfilled_reason(&image("a")), UnfilledReason::Fetching);
-    fills.record_end(&image("a"), Ok(FillSource::Peers), later, 0.0);
+    assert_eq!(start_fill(&mut scheduler, &IncompleteImage { has_providers: true, ..image("b") }, later + HOUR), None);
+    assert_eq!(scheduler.unfilled_reason(&image("a")), UnfilledReason::Fetching);
+    scheduler.record_end(&image("a"), Ok(FillSource::Peers), later, 0.0);
     assert_eq!(
-        begins(&mut fills, &IncompleteImage { has_providers: true, ..image("b") }, later),
+        start_fill(&mut scheduler, &IncompleteImage { has_providers: true, ..image("b") }, later),
         Some(FillSource::Peers)
     );
 }
@@ -79,15 +85,15 @@ fn only_a_single_image_is_fetched_at_a_time() {
 #[test]
 fn the_registry_follows_where_peers_failed_and_nothing_where_the_disk_failed() {
     let start = Instant::now();
-    let held = IncompleteImage { has_providers: true, ..image("a") };
+    let provided = IncompleteImage { has_providers: true, ..image("a") };
     for (failure, next) in [(FillFailure::Peers, Some(FillSource::Registry)), (FillFailure::Local, None)] {
-        let mut fills = fills(start);
+        let mut scheduler = scheduler(start);
         let now = start + HOUR;
-        assert_eq!(begins(&mut fills, &held, now), Some(FillSource::Peers));
-        fills.record_end(&held, Err(failure), now, 0.0);
-        assert_eq!(first(&mut fills, &held, now, 600).map(|(_, source)| source), next, "{failure:?}");
+        assert_eq!(start_fill(&mut scheduler, &provided, now), Some(FillSource::Peers));
+        scheduler.record_end(&provided, Err(failure), now, 0.0);
+        assert_eq!(first(&mut scheduler, &provided, now, 600).map(|(_, source)| source), next, "{failure:?}");
         if next.is_none() {
-            assert_eq!(begins(&mut fills, &held, now + PEER_RETRY_DELAY), Some(FillSource::Peers));
+            assert_eq!(start_fill(&mut scheduler, &provided, now + PEER_RETRY_DELAY), Some(FillSource::Peers));
         }
     }
 }
@@ -96,70 +102,70 @@ fn the_registry_follows_where_peers_failed_and_nothing_where_the_disk_failed() {
 fn a_denied_image_is_counted_and_requested_again_with_a_new_secret_or_after_half_a_day() {
     let start = Instant::now();
     let denied = |unread, image: &IncompleteImage| {
-        let mut fills = fills(start);
-        assert_eq!(first(&mut fills, image, start, 60), Some((20, FillSource::Registry)));
-        fills.record_end(image, Err(FillFailure::Denied { unread }), start, 0.0);
-        fills
+        let mut scheduler = scheduler(start);
+        assert_eq!(first(&mut scheduler, image, start, 60), Some((20, FillSource::Registry)));
+        scheduler.record_end(image, Err(FillFailure::Denied { unread }), start, 0.0);
+        scheduler
     };
     let with_secret = IncompleteImage { secrets: secrets(&["old"]), ..image("a") };
-    let mut fills = denied(false, &with_secret);
-    assert_eq!(fills.unfilled_reason(&with_secret), UnfilledReason::KubeletCredentials);
+    let mut scheduler = denied(false, &with_secret);
+    assert_eq!(scheduler.unfilled_reason(&with_secret), UnfilledReason::KubeletCredentials);
     assert_eq!(
-        fills.unfilled_reason(&IncompleteImage { has_providers: true, ..with_secret.clone() }),
+        scheduler.unfilled_reason(&IncompleteImage { has_providers: true, ..with_secret.clone() }),
         UnfilledReason::Pending
     );
     assert_eq!(
-        fills.unfilled_reason(&image("a")),
+        scheduler.unfilled_reason(&image("a")),
         UnfilledReason::KubeletCredentials,
         "a pod that ended brings no new secret"
     );
     let minutes = (30..700_u32).map(|minute| start + 60 * SECOND * minute);
-    assert_eq!(minutes.clone().find_map(|at| begins(&mut fills, &with_secret, at)), None);
+    assert_eq!(minutes.clone().find_map(|at| start_fill(&mut scheduler, &with_secret, at)), None);
     let renewed = IncompleteImage { secrets: secrets(&["old", "new"]), ..image("a") };
-    assert_eq!(first(&mut fills, &renewed, start + HOUR, 60), Some((10, FillSource::Registry)));
+    assert_eq!(first(&mut scheduler, &renewed, start + HOUR, 60), Some((10, FillSource::Registry)));
 
-    let mut fills = denied(true, &with_secret);
-    assert_eq!(fills.unfilled_reason(&with_secret), UnfilledReason::UnreadableSecret);
-    assert_eq!(first(&mut fills, &with_secret, start + HOUR, 60), Some((10, FillSource::Registry)));
-    fills.record_end(&with_secret, Err(FillFailure::Denied { unread: false }), start + HOUR, 0.0);
-    assert_eq!(first(&mut fills, &with_secret, start + 12 * HOUR, 60), None);
-    assert_eq!(first(&mut fills, &with_secret, start + 13 * HOUR, 60), Some((10, FillSource::Registry)));
+    let mut scheduler = denied(true, &with_secret);
+    assert_eq!(scheduler.unfilled_reason(&with_secret), UnfilledReason::UnreadableSecret);
+    assert_eq!(first(&mut scheduler, &with_secret, start + HOUR, 60), Some((10, FillSource::Registry)));
+    scheduler.record_end(&with_secret, Err(FillFailure::Denied { unread: false }), start + HOUR, 0.0);
+    assert_eq!(first(&mut scheduler, &with_secret, start + 12 * HOUR, 60), None);
+    assert_eq!(first(&mut scheduler, &with_secret, start + 13 * HOUR, 60), Some((10, FillSource::Registry)));
 }
 
 #[test]
 fn the_back_off_of_a_failing_registry_grows_and_covers_all_its_images() {
     let start = Instant::now();
-    let (mut fills, mut now) = (fills(start), start + HOUR);
+    let (mut scheduler, mut now) = (scheduler(start), start + HOUR);
     let other = IncompleteImage { registry: "other.test".into(), ..image("c") };
     let mut pauses = Vec::new();
     for _ in 0..7 {
-        let (waited, source) = first(&mut fills, &image("b"), now, 7200).unwrap();
+        let (waited, source) = first(&mut scheduler, &image("b"), now, 7200).unwrap();
         now += SECOND * waited as u32;
         pauses.push(waited);
-        fills.record_end(&image("b"), Err(FillFailure::Down), now, 0.0);
+        scheduler.record_end(&image("b"), Err(FillFailure::Down), now, 0.0);
         assert_eq!(source, FillSource::Registry);
     }
     // Ten seconds of each are the pause before any fetch.
     assert_eq!(pauses, [10, 130, 250, 490, 970, 1930, 3610]);
-    assert_eq!(first(&mut fills, &other, now, 60), Some((10, FillSource::Registry)));
-    fills.record_end(&other, Ok(FillSource::Registry), now, 0.0);
-    assert_eq!(first(&mut fills, &image("a"), now, 3000), None);
-    let (waited, _) = first(&mut fills, &image("a"), now, 7200).unwrap();
-    fills.record_end(&image("a"), Ok(FillSource::Registry), now, 0.0);
-    fills.record_end(&image("a"), Err(FillFailure::Down), now + SECOND * waited as u32, 0.0);
-    let after = first(&mut fills, &image("a"), now + SECOND * waited as u32, 600).unwrap().0;
+    assert_eq!(first(&mut scheduler, &other, now, 60), Some((10, FillSource::Registry)));
+    scheduler.record_end(&other, Ok(FillSource::Registry), now, 0.0);
+    assert_eq!(first(&mut scheduler, &image("a"), now, 3000), None);
+    let (waited, _) = first(&mut scheduler, &image("a"), now, 7200).unwrap();
+    scheduler.record_end(&image("a"), Ok(FillSource::Registry), now, 0.0);
+    scheduler.record_end(&image("a"), Err(FillFailure::Down), now + SECOND * waited as u32, 0.0);
+    let after = first(&mut scheduler, &image("a"), now + SECOND * waited as u32, 600).unwrap().0;
     assert_eq!(after, 130, "a success resets the back-off");
 }
 
 #[test]
 fn a_retry_after_of_a_registry_is_respected_up_to_a_bound() {
     let start = Instant::now();
-    for (wish, pause) in [(None, 130), (Some(1), 130), (Some(1000), 1010), (Some(u64::MAX), 6 * 3600 + 10)] {
-        let mut fills = fills(start);
+    for (retry_after, pause) in [(None, 130), (Some(1), 130), (Some(1000), 1010), (Some(u64::MAX), 6 * 3600 + 10)] {
+        let mut scheduler = scheduler(start);
         let now = start + HOUR;
-        let wish = wish.map(Duration::from_secs);
-        fills.record_end(&image("a"), Err(FillFailure::RateLimited(wish)), now, 0.0);
-        assert_eq!(first(&mut fills, &image("a"), now, 8 * 3600), Some((pause, FillSource::Registry)));
+        let retry_after = retry_after.map(Duration::from_secs);
+        scheduler.record_end(&image("a"), Err(FillFailure::RateLimited(retry_after)), now, 0.0);
+        assert_eq!(first(&mut scheduler, &image("a"), now, 8 * 3600), Some((pause, FillSource::Registry)));
     }
 }
 
@@ -180,7 +186,7 @@ struct Cluster {
 }
 
 struct Node {
-    fills: FillScheduler,
+    scheduler: FillScheduler,
     lacking: Vec<IncompleteImage>,
     /// The fetch in flight, and its end.
     running: Option<(IncompleteImage, FillSource, Instant)>,
@@ -196,7 +202,7 @@ impl Cluster {
     fn new(nodes: usize, images: impl Fn(usize) -> Vec<IncompleteImage>) -> Self {
         let (mut random, now) = (SmallRng::seed_from_u64(7), Instant::now());
         let node = |number| Node {
-            fills: FillScheduler::new(FetchFrom::Registry, now, random.random()),
+            scheduler: FillScheduler::new(FetchFrom::Registry, now, random.random()),
             lacking: images(number),
             running: None,
         };
@@ -206,24 +212,24 @@ impl Cluster {
     fn step(&mut self) {
         self.now += STEP;
         let (now, members, random) = (self.now, self.nodes.len(), &mut self.random);
-        let mut came = BTreeSet::new();
+        let mut fetched = BTreeSet::new();
         for node in &mut self.nodes {
             if let Some((image, source, _)) = node.running.take_if(|(_, _, ends)| *ends <= now) {
-                node.fills.record_end(&image, Ok(source), now, random.random());
+                node.scheduler.record_end(&image, Ok(source), now, random.random());
                 node.lacking.retain(|other| other.manifest != image.manifest);
-                came.insert(image.manifest);
+                fetched.insert(image.manifest);
             }
         }
         for node in &mut self.nodes {
-            node.lacking.iter_mut().for_each(|image| image.has_providers |= came.contains(&image.manifest));
-            let Some((manifest, source)) = node.fills.start_next(&node.lacking, members, now, || random.random())
+            node.lacking.iter_mut().for_each(|image| image.has_providers |= fetched.contains(&image.manifest));
+            let Some((manifest, source)) = node.scheduler.start_next(&node.lacking, members, now, || random.random())
             else {
                 continue;
             };
             let image = node.lacking.iter().find(|image| image.manifest == manifest).unwrap().clone();
-            let takes = if source == FillSource::Registry { DOWNLOAD } else { STEP };
+            let duration = if source == FillSource::Registry { DOWNLOAD } else { STEP };
             self.registry_fetches += usize::from(source == FillSource::Registry);
-            node.running = Some((image, source, now + takes));
+            node.running = Some((image, source, now + duration));
         }
     }
 
@@ -276,7 +282,7 @@ proptest! {
         steps in prop::collection::vec((0_u64..40_000, 0_usize..16, 0_usize..10, 0.0..1.0_f64), 1..60),
     ) {
         let mut now = Instant::now();
-        let mut fills = FillScheduler::new(from, now, 0.5);
+        let mut scheduler = FillScheduler::new(from, now, 0.5);
         let failures = [
             FillFailure::Peers, FillFailure::Local, FillFailure::NeededByRecovery, FillFailure::Denied { unread: false }, FillFailure::Denied { unread: true },
             FillFailure::Gone, FillFailure::WrongBytes, FillFailure::RateLimited(None), FillFailure::Down,
@@ -292,7 +298,7 @@ proptest! {
             };
             let other = IncompleteImage { has_providers: bits & 8 > 0, ..image("other") };
             let images = [one, other];
-            let Some((manifest, source)) = fills.start_next(&images, 1 + bits, now, || random) else { continue };
+            let Some((manifest, source)) = scheduler.start_next(&images, 1 + bits, now, || random) else { continue };
             let chosen = images.iter().find(|image| image.manifest == manifest).unwrap();
             prop_assert!(chosen.fits && from != FetchFrom::None);
             match source {
@@ -300,18 +306,18 @@ proptest! {
                 FillSource::Registry => {
                     prop_assert!(chosen.is_healthy && from == FetchFrom::Registry);
                     if chosen.manifest == image("one").manifest {
-                        prop_assert!(denied.is_none_or(|at| now - at >= REFUSAL_RETRY_DELAY));
+                        prop_assert!(denied.is_none_or(|at| now - at >= REJECTION_RETRY_DELAY));
                     }
                 }
             }
-            prop_assert_eq!(fills.start_next(&images, 1, now + HOUR, || random), None);
+            prop_assert_eq!(scheduler.start_next(&images, 1, now + HOUR, || random), None);
             // Peers never deny a layer.
             let possible = if source == FillSource::Peers { &failures[..2] } else { &failures[1..] };
             let result = possible.get(end).map_or(Ok(source), |failure| Err(*failure));
             if matches!(result, Err(FillFailure::Denied { unread: false })) && chosen.manifest == image("one").manifest {
                 denied = Some(now);
             }
-            fills.record_end(chosen, result, now, random);
+            scheduler.record_end(chosen, result, now, random);
         }
     }
 }

@@ -70,7 +70,7 @@ impl MemberConnections {
 
     /// Whether the member answers over some connection.
     pub(super) fn is_answering(&self) -> bool {
-        self.open.values().any(|link| link.has_answered)
+        self.open.values().any(|connection| connection.has_answered)
     }
 
     pub(super) fn is_connected(&self) -> bool {
@@ -79,42 +79,42 @@ impl MemberConnections {
 
     /// Whether an answer came within the last second.
     pub(super) fn has_answered_recently(&self) -> bool {
-        self.open.values().any(|link| link.has_answered && link.silent_ticks <= SILENT_TICKS / 2)
+        self.open.values().any(|connection| connection.has_answered && connection.silent_ticks <= SILENT_TICKS / 2)
     }
 
-    pub(super) fn insert(&mut self, link: MeshConnectionId) {
+    pub(super) fn insert(&mut self, connection: MeshConnectionId) {
         // The peer proved its key, so the peer is alive, even if it rejects this agent and closes.
         (self.dialing_since, self.lost_ticks, self.is_suspected) = (None, None, false);
         self.is_close_announced = false;
-        self.open.insert(link, MemberConnection::default());
+        self.open.insert(connection, MemberConnection::default());
     }
 
-    pub(super) fn record_answer(&mut self, link: MeshConnectionId) -> PingOutcome {
-        let was_proved = self.is_answering();
+    pub(super) fn record_answer(&mut self, connection: MeshConnectionId) -> PingOutcome {
+        let was_answering = self.is_answering();
         // A connection given up as silent may still bring an answer, which does not count.
-        let Some(link) = self.open.get_mut(&link) else { return PingOutcome::Repeated };
-        (link.has_answered, link.silent_ticks) = (true, 0);
+        let Some(connection) = self.open.get_mut(&connection) else { return PingOutcome::Repeated };
+        (connection.has_answered, connection.silent_ticks) = (true, 0);
         (self.failed_dials, self.lost_ticks, self.is_suspected, self.broke_while_answering) = (0, None, false, false);
-        if was_proved { PingOutcome::Repeated } else { PingOutcome::First }
+        if was_answering { PingOutcome::Repeated } else { PingOutcome::First }
     }
 
     /// A connection closed. True when the member has to be dialed at once.
-    pub(super) fn remove(&mut self, link: MeshConnectionId, now: Instant, jitter: f64) -> bool {
-        let was_proved = self.is_answering();
-        if self.open.remove(&link).is_none() {
+    pub(super) fn remove(&mut self, connection: MeshConnectionId, now: Instant, jitter: f64) -> bool {
+        let was_answering = self.is_answering();
+        if self.open.remove(&connection).is_none() {
             return false;
         }
-        self.broke_while_answering |= was_proved && !self.is_answering();
+        self.broke_while_answering |= was_answering && !self.is_answering();
         if self.is_connected() {
             return false;
         }
-        let suspicious = std::mem::take(&mut self.broke_while_answering) && !self.is_close_announced;
-        if suspicious {
+        let is_suspicious = std::mem::take(&mut self.broke_while_answering) && !self.is_close_announced;
+        if is_suspicious {
             self.lost_ticks = Some(0);
         } else {
             self.back_off(now, jitter);
         }
-        suspicious
+        is_suspicious
     }
 
     /// The member announced that it closes its connections and stays a member.
@@ -137,13 +137,13 @@ impl MemberConnections {
         if self.open.is_empty() && self.lost_ticks.is_none() {
             return false;
         }
-        let patience = self.extra_ticks(now);
+        let extra = self.extra_ticks(now);
         if let Some(lost) = &mut self.lost_ticks {
             *lost += 1;
-            return *lost >= LOST_TICKS + patience;
+            return *lost >= LOST_TICKS + extra;
         }
-        self.open.values_mut().for_each(|link| link.silent_ticks += 1);
-        self.open.values().all(|link| link.silent_ticks >= SILENT_TICKS + patience)
+        self.open.values_mut().for_each(|connection| connection.silent_ticks += 1);
+        self.open.values().all(|connection| connection.silent_ticks >= SILENT_TICKS + extra)
     }
 
     fn extra_ticks(&mut self, now: Instant) -> u32 {
@@ -157,7 +157,7 @@ impl MemberConnections {
     pub(super) fn record_refutation(&mut self, now: Instant) {
         self.refutations = (self.refutations + 1).min(MAX_EXTRA_TICKS);
         self.refuted_at = Some(now);
-        self.open.values_mut().for_each(|link| link.silent_ticks = 0);
+        self.open.values_mut().for_each(|connection| connection.silent_ticks = 0);
         self.lost_ticks = None;
     }
 

@@ -15,7 +15,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         &mut self,
         from: PeerId,
         entry: LogEntry,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
         let (publisher, epoch) = (entry.head.publisher, entry.head.epoch);
@@ -24,10 +24,11 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
         let Some(member) = self.member(publisher) else {
             // The publisher is a new member, if the signature is the publisher's.
-            let is_its = || self.verifier.is_signed(publisher, &entry.head.signed_bytes(), &entry.head.signature);
+            let has_valid_signature =
+                || self.verifier.is_signed(publisher, &entry.head.signed_bytes(), &entry.head.signature);
             if self.missing_introductions.len() < MAX_MEMBERS
                 && !self.missing_introductions.contains_key(&publisher)
-                && is_its()
+                && has_valid_signature()
             {
                 self.missing_introductions.insert(publisher, from);
             }
@@ -53,28 +54,28 @@ impl<N: CredentialVerifier> Protocol<N> {
         if !self.verifier.is_signed(publisher, &entry.head.signed_bytes(), &entry.head.signature) {
             return GossipVerdict::Reject("forged");
         }
-        let Some(member) = self.roster.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
+        let Some(member) = self.membership.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
         // Only new entries count, else a peer that repeats old entries would use up the publisher's
         // rate. No fault is recorded: a neighbor may have held the entries back. This agent
         // requests the excess later, at its own pace.
         if member.log.is_new(&entry.head) && !member.score.entries.try_take(&ENTRY_LIMIT, now) {
             return GossipVerdict::Ignore("too_many");
         }
-        self.apply_entry(from, entry, table, now)
+        self.apply_entry(from, entry, inventory, now)
     }
 
     pub(super) fn apply_entry(
         &mut self,
         from: PeerId,
         entry: LogEntry,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
         let publisher = entry.head.publisher;
-        let Some(member) = self.roster.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
+        let Some(member) = self.membership.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
         match member.log.receive(entry, from, now) {
             EntryReceipt::Next(entries) => {
-                self.apply_changes(publisher, entries, table);
+                self.apply_changes(publisher, entries, inventory);
                 GossipVerdict::Accept
             }
             EntryReceipt::Buffered => {
@@ -92,13 +93,13 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
     }
 
-    pub(super) fn apply_changes(&mut self, publisher: PeerId, entries: Vec<LogEntry>, table: &mut Inventory) {
+    pub(super) fn apply_changes(&mut self, publisher: PeerId, entries: Vec<LogEntry>, inventory: &mut Inventory) {
         let mut dropped = 0;
         for entry in entries {
             self.recent.push(entry.clone());
-            dropped += table.change(publisher, entry.changes);
+            dropped += inventory.change(publisher, entry.changes);
         }
-        if let Some(member) = self.roster.get_mut(publisher) {
+        if let Some(member) = self.membership.get_mut(publisher) {
             if dropped > 0 {
                 member.log.mark_partial();
             }
@@ -106,7 +107,7 @@ impl<N: CredentialVerifier> Protocol<N> {
                 self.behind.remove(&publisher);
             }
         }
-        self.roster.update_bucket(publisher);
+        self.membership.update_bucket(publisher);
     }
 }
 
@@ -116,10 +117,10 @@ pub(super) fn validate_entry(entry: &LogEntry) -> Result<(), &'static str> {
     if head.sequence == 0 || changes.len() > MAX_CHANGES || head.changes != changes_digest(changes) {
         return Err("malformed");
     }
-    let is_change_proper = |change: &InventoryChange| match change {
+    let is_valid_change = |change: &InventoryChange| match change {
         InventoryChange::Added(item) | InventoryChange::Removed(item) => is_valid_item(item),
     };
-    if changes.iter().all(is_change_proper) { Ok(()) } else { Err("malformed") }
+    if changes.iter().all(is_valid_change) { Ok(()) } else { Err("malformed") }
 }
 
 /// Whether CRI would write the image's name, which also bounds the name's length.

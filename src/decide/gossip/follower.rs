@@ -76,7 +76,7 @@ impl LogFollower {
     }
 
     /// The head that proves the items of this log, unless the inventory dropped some.
-    pub(super) fn proof(&self) -> Option<&LogHead> {
+    pub(super) fn complete_head(&self) -> Option<&LogHead> {
         self.head.as_ref().filter(|_| !self.is_partial)
     }
 
@@ -108,7 +108,7 @@ impl LogFollower {
             return EntryReceipt::Next(next);
         }
         match self.buffered.get(&sequence) {
-            Some(held) if are_contradictory(&held.head, &entry.head) => return EntryReceipt::Contradiction,
+            Some(known) if are_contradictory(&known.head, &entry.head) => return EntryReceipt::Contradiction,
             Some(_) => return EntryReceipt::Duplicate,
             None => {}
         }
@@ -128,18 +128,18 @@ impl LogFollower {
 
     /// Whether this entry was applied or is buffered, or a later one was applied.
     pub(super) fn contains(&self, head: &LogHead) -> bool {
-        let same = |known: &LogHead| !are_contradictory(known, head);
+        let is_same = |known: &LogHead| !are_contradictory(known, head);
         head.sequence < self.sequence
-            || (head.sequence == self.sequence && self.head.as_ref().is_none_or(same))
-            || self.buffered.get(&head.sequence).is_some_and(|held| same(&held.head))
+            || (head.sequence == self.sequence && self.head.as_ref().is_none_or(is_same))
+            || self.buffered.get(&head.sequence).is_some_and(|known| is_same(&known.head))
     }
 
     /// A neighbor announced that the log goes up to `sequence`.
     pub(super) fn record_sequence(&mut self, sequence: u64, from: PeerId, now: Instant) {
         if sequence > self.sequence {
             // Gossip may still bring the entries, unless nothing of this log is here.
-            let patience = if self.sequence == 0 { Duration::ZERO } else { GOSSIP_DELAY };
-            self.record_gap(sequence, from, now + patience);
+            let delay = if self.sequence == 0 { Duration::ZERO } else { GOSSIP_DELAY };
+            self.record_gap(sequence, from, now + delay);
         }
     }
 
@@ -162,9 +162,12 @@ impl LogFollower {
             return None;
         }
         // Without any entry, one snapshot is cheaper.
-        let far = self.behind() > MAX_GAP || (self.sequence == 0 && self.known_sequence > 1);
-        let need =
-            if self.needs_snapshot || far { MissingEntries::Snapshot } else { MissingEntries::Entries(self.sequence) };
+        let is_far_behind = self.behind() > MAX_GAP || (self.sequence == 0 && self.known_sequence > 1);
+        let need = if self.needs_snapshot || is_far_behind {
+            MissingEntries::Snapshot
+        } else {
+            MissingEntries::Entries(self.sequence)
+        };
         Some((need, self.source))
     }
 
@@ -182,7 +185,7 @@ impl LogFollower {
     fn schedule_request(&mut self, need: MissingEntries, answered: bool, now: Instant, jitter: f64) {
         self.is_requested = false;
         if self.is_behind() {
-            let later = match need {
+            let delay = match need {
                 MissingEntries::Snapshot if answered && self.attempts < QUICK_RETRIES && self.source.is_some() => {
                     QUICK_RETRY_DELAY.mul_f64(0.5 + jitter / 2.0)
                 }
@@ -193,7 +196,7 @@ impl LogFollower {
                 }
             };
             self.needs_snapshot = matches!(need, MissingEntries::Entries(_)) || self.needs_snapshot;
-            self.request_at = Some(now + later);
+            self.request_at = Some(now + delay);
             self.attempts = self.attempts.saturating_add(1);
         } else {
             self.clear_if_complete();

@@ -24,23 +24,29 @@ const WITNESSES: usize = 2;
 
 impl<N: CredentialVerifier> Protocol<N> {
     /// The peer answered a ping over this connection.
-    pub fn record_ping_answer(&mut self, link: MeshConnectionId, peer: PeerId, table: &mut Inventory, now: Instant) {
-        let is_first = self.roster.neighbors().next().is_none();
+    pub fn record_ping_answer(
+        &mut self,
+        connection: MeshConnectionId,
+        peer: PeerId,
+        inventory: &mut Inventory,
+        now: Instant,
+    ) {
+        let is_first = self.membership.neighbors().next().is_none();
         let me = self.local.peer;
-        let Some(member) = self.roster.get_mut(peer) else { return };
-        if member.connections.record_answer(link) == PingOutcome::Repeated {
+        let Some(member) = self.membership.get_mut(peer) else { return };
+        if member.connections.record_answer(connection) == PingOutcome::Repeated {
             return;
         }
         // Nothing is published: the member itself refutes its death.
         if member.record_answer(me, now) {
-            self.roster.update_bucket(peer);
+            self.membership.update_bucket(peer);
             self.chosen_is_stale = true;
         }
-        self.mark_up_if_valid(peer, table, now);
+        self.mark_up_if_valid(peer, inventory, now);
         self.compare_with(peer);
         if is_first {
             // This agent was cut off or just started, so earlier failed dials show nothing.
-            self.roster.members.values_mut().for_each(|member| member.connections.reset_back_off());
+            self.membership.members.values_mut().for_each(|member| member.connections.reset_back_off());
             if self.introduction.is_some() {
                 self.introduce_at = Some(now + GRAFT_DELAY);
             }
@@ -48,10 +54,10 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     /// A connection closed, by either side.
-    pub fn connection_closed(&mut self, link: MeshConnectionId, peer: PeerId, now: Instant) {
+    pub fn connection_closed(&mut self, connection: MeshConnectionId, peer: PeerId, now: Instant) {
         let jitter = self.jitter();
-        let Some(member) = self.roster.get_mut(peer) else { return };
-        if member.connections.remove(link, now, jitter) && !member.is_dead() {
+        let Some(member) = self.membership.get_mut(peer) else { return };
+        if member.connections.remove(connection, now, jitter) && !member.is_dead() {
             // A dead process refuses the dial at once; a successful dial shows a live process.
             self.dial_if_allowed(peer, now);
         }
@@ -59,15 +65,15 @@ impl<N: CredentialVerifier> Protocol<N> {
 
     /// A fetch could not reach the peer. Unless the peer has just answered a ping, nothing is
     /// fetched from the peer until its next sign of life.
-    pub fn suspect_provider(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+    pub fn suspect_provider(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
         if self.member(peer).is_some_and(|member| member.is_up && !member.connections.has_answered_recently()) {
-            self.suspect(peer, "a fetch failed to connect", table, now);
+            self.suspect(peer, "a fetch failed to connect", inventory, now);
         }
     }
 
     /// A neighbor sent a message that cannot be decoded, is forged, or exceeds a limit.
     pub fn record_fault(&mut self, from: PeerId, fault: &'static str, now: Instant) {
-        let Some(member) = self.roster.get_mut(from) else { return };
+        let Some(member) = self.membership.get_mut(from) else { return };
         let banned = member.score.record_fault(fault, now);
         self.push_output(Output::Fault { peer: from, fault, banned });
         if banned.is_some() {
@@ -77,7 +83,7 @@ impl<N: CredentialVerifier> Protocol<N> {
 
     /// Ends the peer's connections. The next tick hides the peer's items.
     fn ban(&mut self, peer: PeerId) {
-        let Some(member) = self.roster.get_mut(peer) else { return };
+        let Some(member) = self.membership.get_mut(peer) else { return };
         member.connections.take_all();
         member.admitted_until = None;
         self.push_output(Output::Deny(peer));
@@ -85,29 +91,29 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.chosen_is_stale = true;
     }
 
-    pub(super) fn check_neighbors(&mut self, table: &mut Inventory, now: Instant) {
+    pub(super) fn check_neighbors(&mut self, inventory: &mut Inventory, now: Instant) {
         for peer in std::mem::take(&mut self.recently_banned) {
-            self.mark_down(peer, "banned", table);
+            self.mark_down(peer, "banned", inventory);
         }
         let mut silent = Vec::new();
-        let mut settled = Vec::new();
-        self.roster.retain_watched(|peer, member| {
+        let mut expired = Vec::new();
+        self.membership.retain_watched(|peer, member| {
             if member.connections.tick(now) {
                 silent.push(peer);
             }
             if member.suspected_since.is_some_and(|at| now.duration_since(at) > SUSPICION_LIFE) && !member.is_dead() {
-                settled.push(peer);
+                expired.push(peer);
             }
         });
         for peer in silent {
-            self.suspect(peer, "does not answer", table, now);
+            self.suspect(peer, "does not answer", inventory, now);
         }
-        for peer in settled {
+        for peer in expired {
             let me = self.local.peer;
-            if let Some(member) = self.roster.get_mut(peer) {
+            if let Some(member) = self.membership.get_mut(peer) {
                 member.suspected_since = None;
                 // This agent's own suspicion stands until the member answers this agent.
-                member.suspected_by.retain(|by| *by == me);
+                member.suspected_by.retain(|witness| *witness == me);
             }
             // In a cluster that fell apart, the first probers may be gone too. By now the dead
             // among them are known, so other members probe.
@@ -116,25 +122,25 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     /// Suspects a silent member: fetches nothing from the member, and publishes the suspicion.
-    pub(super) fn suspect(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory, now: Instant) {
+    pub(super) fn suspect(&mut self, peer: PeerId, reason: &'static str, inventory: &mut Inventory, now: Instant) {
         let me = self.local.peer;
         let jitter = self.jitter();
-        let Some(member) = self.roster.get_mut(peer) else { return };
-        let links = member.connections.take_all();
+        let Some(member) = self.membership.get_mut(peer) else { return };
+        let connections = member.connections.take_all();
         let _ = member.connections.record_failed_dial(now, jitter);
         let (epoch, incarnation) = (member.epoch(), member.incarnation());
-        let is_news = member.introduction.is_some() && !member.is_dead() && member.suspected_by.insert(me);
-        if is_news {
+        let is_new = member.introduction.is_some() && !member.is_dead() && member.suspected_by.insert(me);
+        if is_new {
             member.suspected_since.get_or_insert(now);
         }
-        self.outputs.extend(links.into_iter().map(|link| Output::Close(link, peer)));
-        self.roster.watch(peer);
-        self.mark_down(peer, reason, table);
-        if is_news {
+        self.outputs.extend(connections.into_iter().map(|connection| Output::Close(connection, peer)));
+        self.membership.watch(peer);
+        self.mark_down(peer, reason, inventory);
+        if is_new {
             let mut suspicion = Suspicion { suspect: peer, epoch, incarnation, witness: me, signature: [0; 64].into() };
             suspicion.signature = self.verifier.sign(&suspicion.signed_bytes());
             self.push_output(Output::Publish(Gossip::Suspicion(suspicion)));
-            self.confirm_dead_if_witnessed(peer, table, now);
+            self.confirm_dead_if_witnessed(peer, inventory, now);
         }
         self.chosen_is_stale = true;
     }
@@ -142,21 +148,21 @@ impl<N: CredentialVerifier> Protocol<N> {
     pub(super) fn receive_suspicion(
         &mut self,
         suspicion: Suspicion,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
-        let Suspicion { suspect: accused, epoch, incarnation, witness: by, .. } = suspicion;
-        if by == self.local.peer || by == accused {
+        let Suspicion { suspect, epoch, incarnation, witness, .. } = suspicion;
+        if witness == self.local.peer || witness == suspect {
             return GossipVerdict::Ignore("own");
         }
         let is_known = |peer| {
             self.member(peer).is_some_and(|member| member.has_valid_credential(now) && !member.score.is_banned(now))
         };
-        if !is_known(by) {
+        if !is_known(witness) {
             return GossipVerdict::Ignore("unknown_author");
         }
-        let is_me = accused == self.local.peer;
-        let current = match self.member(accused) {
+        let is_me = suspect == self.local.peer;
+        let current = match self.member(suspect) {
             _ if is_me => (self.log.epoch(), self.incarnation),
             Some(member) => (member.epoch(), member.incarnation()),
             None => return GossipVerdict::Ignore("unknown_peer"),
@@ -166,16 +172,18 @@ impl<N: CredentialVerifier> Protocol<N> {
         if (epoch, incarnation) != current {
             return GossipVerdict::Ignore("refuted");
         }
-        if self.member(accused).is_some_and(|member| member.is_dead() || member.suspected_by.contains(&by)) {
+        if self.member(suspect).is_some_and(|member| member.is_dead() || member.suspected_by.contains(&witness)) {
             return GossipVerdict::Ignore("known");
         }
-        if !self.verifier.is_signed(by, &suspicion.signed_bytes(), &suspicion.signature) {
+        if !self.verifier.is_signed(witness, &suspicion.signed_bytes(), &suspicion.signature) {
             return GossipVerdict::Reject("forged");
         }
         // Only new suspicions count, else a peer that repeats old ones would use up the witness's
         // rate.
-        let is_within =
-            self.roster.get_mut(by).is_some_and(|member| member.score.suspicions.try_take(&SUSPICION_LIMIT, now));
+        let is_within = self
+            .membership
+            .get_mut(witness)
+            .is_some_and(|member| member.score.suspicions.try_take(&SUSPICION_LIMIT, now));
         if !is_within {
             return GossipVerdict::Ignore("too_many");
         }
@@ -183,30 +191,31 @@ impl<N: CredentialVerifier> Protocol<N> {
             self.refute(now);
             return GossipVerdict::Accept;
         }
-        let Some(member) = self.roster.get_mut(accused) else { return GossipVerdict::Ignore("unknown_peer") };
-        member.suspected_by.insert(by);
+        let Some(member) = self.membership.get_mut(suspect) else { return GossipVerdict::Ignore("unknown_peer") };
+        member.suspected_by.insert(witness);
         member.suspected_since.get_or_insert(now);
-        self.roster.watch(accused);
-        self.confirm_dead_if_witnessed(accused, table, now);
-        self.probe_if_low_rank(accused, now);
+        self.membership.watch(suspect);
+        self.confirm_dead_if_witnessed(suspect, inventory, now);
+        self.probe_if_low_rank(suspect, now);
         GossipVerdict::Accept
     }
 
     /// The [`MAX_PROBERS`] members of lowest rank dial the suspect, unless they are connected.
     /// Without these dials, a suspect with a single neighbor never has a second witness.
-    fn probe_if_low_rank(&mut self, accused: PeerId, now: Instant) {
-        let rank = |peer: PeerId| super::neighbor_choice::rank(accused, peer);
+    fn probe_if_low_rank(&mut self, suspect: PeerId, now: Instant) {
+        let rank = |peer: PeerId| super::neighbor_choice::rank(suspect, peer);
         let mine = rank(self.local.peer);
-        let before_me = self.roster.members.values().filter(|member| member.is_up && rank(member.peer.id) < mine);
-        if before_me.take(MAX_PROBERS).count() < MAX_PROBERS {
-            self.probe_suspect(accused, now);
+        let better_ranked =
+            self.membership.members.values().filter(|member| member.is_up && rank(member.peer.id) < mine);
+        if better_ranked.take(MAX_PROBERS).count() < MAX_PROBERS {
+            self.probe_suspect(suspect, now);
         }
     }
 
     /// Dials a suspected member without a connection. A failed dial makes this agent a witness.
     pub(super) fn probe_suspect(&mut self, peer: PeerId, now: Instant) {
         if self.may_dial_more()
-            && let Some(member) = self.roster.get_mut(peer)
+            && let Some(member) = self.membership.get_mut(peer)
             && !member.is_dead()
             && member.connections.mark_suspected()
         {
@@ -216,27 +225,27 @@ impl<N: CredentialVerifier> Protocol<N> {
 
     /// Marks the member dead if there are enough witnesses. A member that answers this agent is
     /// alive.
-    fn confirm_dead_if_witnessed(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
-        let others = self.roster.members.values().filter(|member| member.is_up && member.peer.id != peer).count();
+    fn confirm_dead_if_witnessed(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
+        let others = self.membership.members.values().filter(|member| member.is_up && member.peer.id != peer).count();
         let Some(member) = self.member(peer) else { return };
         // Two keys of one pod are one witness.
-        let pod = |by: &PeerId| self.member(*by).and_then(|member| member.pod.as_deref());
+        let pod = |witness: &PeerId| self.member(*witness).and_then(|member| member.pod.as_deref());
         let pods: BTreeSet<_> = member.suspected_by.iter().filter_map(pod).collect();
-        let without = member.suspected_by.iter().filter(|by| pod(by).is_none()).count();
-        if pods.len() + without < WITNESSES.min(others + 1) || member.connections.has_answered_recently() {
+        let without_pod = member.suspected_by.iter().filter(|witness| pod(witness).is_none()).count();
+        if pods.len() + without_pod < WITNESSES.min(others + 1) || member.connections.has_answered_recently() {
             return;
         }
-        self.mark_dead(peer, "two neighbors got no answer", table, now);
+        self.mark_dead(peer, "two neighbors got no answer", inventory, now);
     }
 
-    pub(super) fn mark_dead(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory, now: Instant) {
-        let Some(member) = self.roster.get_mut(peer) else { return };
+    pub(super) fn mark_dead(&mut self, peer: PeerId, reason: &'static str, inventory: &mut Inventory, now: Instant) {
+        let Some(member) = self.membership.get_mut(peer) else { return };
         member.liveness = Liveness::Dead(now);
         member.suspected_since = None;
-        let links = member.connections.take_all();
-        self.outputs.extend(links.into_iter().map(|link| Output::Close(link, peer)));
-        self.mark_down(peer, reason, table);
-        self.roster.update_bucket(peer);
+        let connections = member.connections.take_all();
+        self.outputs.extend(connections.into_iter().map(|connection| Output::Close(connection, peer)));
+        self.mark_down(peer, reason, inventory);
+        self.membership.update_bucket(peer);
         self.chosen_is_stale = true;
     }
 
@@ -271,7 +280,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     pub(super) fn receive_refutation(
         &mut self,
         refutation: Refutation,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
         let Refutation { peer, epoch, incarnation, .. } = refutation;
@@ -282,7 +291,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         if !self.verifier.is_signed(peer, &refutation.signed_bytes(), &refutation.signature) {
             return GossipVerdict::Reject("forged");
         }
-        let Some(member) = self.roster.get_mut(peer) else { return GossipVerdict::Ignore("unknown_author") };
+        let Some(member) = self.membership.get_mut(peer) else { return GossipVerdict::Ignore("unknown_author") };
         // Only refutations without a suspicion count against the limit. If all counted, suspicions
         // would be cheaper than refutations.
         let is_answer = !member.suspected_by.is_empty() || member.liveness != Liveness::Alive;
@@ -296,26 +305,26 @@ impl<N: CredentialVerifier> Protocol<N> {
         member.connections.record_refutation(now);
         member.connections.allow_dial_from(now);
         self.chosen_is_stale = true;
-        self.mark_up_if_valid(peer, table, now);
-        self.roster.update_bucket(peer);
+        self.mark_up_if_valid(peer, inventory, now);
+        self.membership.update_bucket(peer);
         GossipVerdict::Accept
     }
 
     pub(super) fn receive_leave(
         &mut self,
-        farewell: LeaveNotice,
-        table: &mut Inventory,
+        notice: LeaveNotice,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
-        let LeaveNotice { peer, epoch, .. } = farewell;
+        let LeaveNotice { peer, epoch, .. } = notice;
         let Some(member) = self.member(peer) else { return GossipVerdict::Ignore("unknown_author") };
         if member.epoch() != epoch || member.is_dead() {
             return GossipVerdict::Ignore("known");
         }
-        if !self.verifier.is_signed(peer, &farewell.signed_bytes(), &farewell.signature) {
+        if !self.verifier.is_signed(peer, &notice.signed_bytes(), &notice.signature) {
             return GossipVerdict::Reject("forged");
         }
-        self.mark_dead(peer, "left", table, now);
+        self.mark_dead(peer, "left", inventory, now);
         GossipVerdict::Accept
     }
 }

@@ -32,8 +32,8 @@ pub(super) struct LocalLog {
 impl LocalLog {
     /// An empty log. A later process of the same node needs a larger epoch.
     pub(super) fn new(publisher: PeerId, epoch: u64) -> Self {
-        let (items, touched) = Default::default();
-        Self { publisher, epoch, sequence: 0, items, weight: 0, changed: touched, head: None }
+        let (items, changed) = Default::default();
+        Self { publisher, epoch, sequence: 0, items, weight: 0, changed, head: None }
     }
 
     /// Publishes all items again, in an epoch that is larger than the members' epoch of this node.
@@ -65,7 +65,7 @@ impl LocalLog {
     ///
     /// Returns the number of items left out, because other members would not accept them.
     pub(super) fn record(&mut self, changes: Vec<InventoryChange>) -> usize {
-        let mut left_out = 0;
+        let mut dropped = 0;
         for change in changes {
             let (item, present) = match change {
                 InventoryChange::Added(item) => (item, true),
@@ -76,7 +76,7 @@ impl LocalLog {
             }
             let weight = weight(&item);
             if present && (self.items.len() == MAX_ITEMS || self.weight + weight > MAX_WEIGHT) {
-                left_out += 1;
+                dropped += 1;
                 continue;
             }
             if present {
@@ -91,21 +91,21 @@ impl LocalLog {
                 self.changed.insert(item);
             }
         }
-        left_out
+        dropped
     }
 
     /// Takes the entries that announce all changes. Very many changes are not announced: one number
     /// is skipped, and a member that finds the gap requests a snapshot.
     pub(super) fn take_entries(&mut self, sign: impl Fn(&[u8]) -> Signature) -> Vec<LogEntry> {
-        let touched = std::mem::take(&mut self.changed);
-        if touched.is_empty() {
+        let changed = std::mem::take(&mut self.changed);
+        if changed.is_empty() {
             return Vec::new();
         }
-        if touched.len() > MAX_BATCH * MAX_CHANGES {
+        if changed.len() > MAX_BATCH * MAX_CHANGES {
             self.sequence += 1;
             return vec![self.append_entry(Vec::new(), state_digest(&self.items), &sign)];
         }
-        let changes = touched.iter().map(|item| match self.items.contains(item) {
+        let changes = changed.iter().map(|item| match self.items.contains(item) {
             true => InventoryChange::Added(item.clone()),
             false => InventoryChange::Removed(item.clone()),
         });

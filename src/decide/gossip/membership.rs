@@ -79,7 +79,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         introduction.signature = self.verifier.sign(&introduction.signed_bytes());
         self.introduction = Some(introduction.clone());
         self.introduce_at = None;
-        if self.roster.neighbors().next().is_some() {
+        if self.membership.neighbors().next().is_some() {
             self.push_output(Output::Publish(Gossip::Introduction(introduction)));
         } else {
             self.introduce_at = Some(now + GRAFT_DELAY);
@@ -88,28 +88,28 @@ impl<N: CredentialVerifier> Protocol<N> {
 
     /// Publishes a due introduction once there is a neighbor.
     pub(super) fn publish_introduction_if_due(&mut self, now: Instant) {
-        let heard = self.roster.neighbors().next().is_some();
-        if heard && self.introduce_at.is_some_and(|at| at <= now) {
+        let has_neighbors = self.membership.neighbors().next().is_some();
+        if has_neighbors && self.introduce_at.is_some_and(|at| at <= now) {
             self.publish_introduction(now);
         }
     }
 
     /// The driver admitted this peer in a handshake, begun by either side. For `life`, the peer may
     /// connect.
-    pub fn admit(&mut self, peer: Peer, life: Duration, table: &mut Inventory, now: Instant) {
+    pub fn admit(&mut self, peer: Peer, lifetime: Duration, inventory: &mut Inventory, now: Instant) {
         let id = peer.id;
         if id == self.local.peer {
             return;
         }
-        if self.roster.get(id).is_none() && self.roster.is_full() {
+        if self.membership.get(id).is_none() && self.membership.is_full() {
             self.over_limit += 1;
             return;
         }
-        if self.roster.get(id).is_none() {
-            self.evict_unintroduced(table, now);
+        if self.membership.get(id).is_none() {
+            self.evict_unintroduced(inventory, now);
         }
         let mine = self.local.peer;
-        let member = self.roster.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
+        let member = self.membership.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
         if member.score.is_banned(now) {
             member.connections.end_handshake();
             return;
@@ -122,24 +122,24 @@ impl<N: CredentialVerifier> Protocol<N> {
         }
         member.record_answer(mine, now);
         let was_admitted = member.is_admitted(now);
-        member.admitted_until = Some(now + life.min(LONGEST_LIFE));
+        member.admitted_until = Some(now + lifetime.min(LONGEST_LIFE));
         if !was_admitted {
             self.push_output(Output::Allow(id));
         }
-        self.roster.update_bucket(id);
-        self.mark_up_if_valid(id, table, now);
+        self.membership.update_bucket(id);
+        self.mark_up_if_valid(id, inventory, now);
         self.chosen_is_stale = true;
         self.maintain_neighbors(now);
     }
 
     /// A handshake or a dial failed. The member is suspected if the dial was to decide about a lost
     /// connection, or was the last of `MAX_FAILED_DIALS`.
-    pub fn dial_failed(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+    pub fn dial_failed(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
         let jitter = self.jitter();
-        let Some(member) = self.roster.get_mut(peer) else { return };
-        let was_lost = member.connections.record_failed_dial(now, jitter);
-        if was_lost || (member.is_up && member.connections.failed_dials() >= MAX_FAILED_DIALS) {
-            self.suspect(peer, "a dial failed", table, now);
+        let Some(member) = self.membership.get_mut(peer) else { return };
+        let was_suspected = member.connections.record_failed_dial(now, jitter);
+        if was_suspected || (member.is_up && member.connections.failed_dials() >= MAX_FAILED_DIALS) {
+            self.suspect(peer, "a dial failed", inventory, now);
         }
         self.chosen_is_stale = true;
     }
@@ -147,28 +147,28 @@ impl<N: CredentialVerifier> Protocol<N> {
     /// The peer answered, and one side rejected the other.
     pub fn rejected_by_peer(&mut self, peer: PeerId, now: Instant) {
         let jitter = self.jitter();
-        if let Some(member) = self.roster.get_mut(peer) {
+        if let Some(member) = self.membership.get_mut(peer) {
             member.connections.record_rejection(now, jitter);
         }
         self.chosen_is_stale = true;
     }
 
     /// The driver withdraws the peer's admission.
-    pub fn remove_peer(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
-        if self.roster.get(peer).is_some() {
-            self.mark_down(peer, "admission withdrawn", table);
-            self.remove_member(peer, table, now);
+    pub fn remove_peer(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
+        if self.membership.get(peer).is_some() {
+            self.mark_down(peer, "admission withdrawn", inventory);
+            self.remove_member(peer, inventory, now);
         }
     }
 
     /// A connection with an allowed peer is open, dialed by either side.
-    pub fn connection_opened(&mut self, link: MeshConnectionId, peer: PeerId, now: Instant) {
-        match self.roster.get_mut(peer) {
+    pub fn connection_opened(&mut self, connection: MeshConnectionId, peer: PeerId, now: Instant) {
+        match self.membership.get_mut(peer) {
             Some(member) if member.is_admitted(now) => {
-                member.connections.insert(link);
-                self.roster.watch(peer);
+                member.connections.insert(connection);
+                self.membership.watch(peer);
             }
-            _ => self.push_output(Output::Close(link, peer)),
+            _ => self.push_output(Output::Close(connection, peer)),
         }
     }
 
@@ -176,7 +176,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     pub(super) fn receive_introduction(
         &mut self,
         introduction: Introduction,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> GossipVerdict {
         let profile = &introduction.profile;
@@ -189,7 +189,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             if (profile.epoch, profile.version) <= known {
                 return GossipVerdict::Ignore("known");
             }
-            if self.member(peer).is_none() && self.roster.is_full() {
+            if self.member(peer).is_none() && self.membership.is_full() {
                 self.over_limit += 1;
                 return GossipVerdict::Ignore("full");
             }
@@ -205,18 +205,18 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Ignore("own");
         }
         let is_within = self
-            .roster
+            .membership
             .get_mut(peer)
             .is_none_or(|member| member.score.introductions.try_take(&INTRODUCTION_LIMIT, now));
         if !is_within {
             return GossipVerdict::Ignore("too_many");
         }
         match self.verifier.verify_credential(peer, &introduction.credential) {
-            Ok(vouched) if self.has_newer_keys(&introduction.profile, vouched.pod.as_deref()) => {
+            Ok(verified) if self.has_newer_keys(&introduction.profile, verified.pod.as_deref()) => {
                 GossipVerdict::Ignore("newer_keys")
             }
-            Ok(vouched) => {
-                self.apply_introduction(introduction, vouched, table, now);
+            Ok(verified) => {
+                self.apply_introduction(introduction, verified, inventory, now);
                 self.missing_introductions.remove(&peer);
                 GossipVerdict::Accept
             }
@@ -246,24 +246,24 @@ impl<N: CredentialVerifier> Protocol<N> {
     fn apply_introduction(
         &mut self,
         introduction: Introduction,
-        vouched: VerifiedCredential,
-        table: &mut Inventory,
+        verified: VerifiedCredential,
+        inventory: &mut Inventory,
         now: Instant,
     ) {
         let Profile { peer: id, epoch, version: _, node, zone, release: _, transfer, gossip } =
             introduction.profile.clone();
-        let VerifiedCredential { node: vouched_node, pod, life } = vouched;
-        let peer = Peer { id, node: vouched_node.unwrap_or(node), zone, transfer, gossip };
-        self.evict_older_keys_of_pod(&peer, pod.as_deref(), table, now);
-        let member = self.roster.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
+        let VerifiedCredential { node: verified_node, pod, lifetime: life } = verified;
+        let peer = Peer { id, node: verified_node.unwrap_or(node), zone, transfer, gossip };
+        self.evict_older_keys_of_pod(&peer, pod.as_deref(), inventory, now);
+        let member = self.membership.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
         let new_process = member.epoch() != epoch;
         let moved = member.peer != peer;
         if new_process {
-            self.mark_down(id, "its process restarted", table);
+            self.mark_down(id, "its process restarted", inventory);
             self.behind.remove(&id);
-            table.forget(id);
+            inventory.forget(id);
         }
-        let Some(member) = self.roster.get_mut(id) else { return };
+        let Some(member) = self.membership.get_mut(id) else { return };
         member.introduction = Some(introduction);
         member.pod = pod;
         member.credential_until = Some(now + life.min(LONGEST_LIFE));
@@ -277,152 +277,150 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.chosen_is_stale |= moved || new_process;
         if moved && std::mem::take(&mut member.is_up) {
             // Reported up again, with the new addresses.
-            self.mark_up_if_valid(id, table, now);
+            self.mark_up_if_valid(id, inventory, now);
             if self.member(id).is_some_and(|member| !member.is_up) {
-                table.hide(id);
+                inventory.hide(id);
                 self.push_output(Output::Down(id, "the credential expired"));
             }
         }
-        self.mark_up_if_valid(id, table, now);
-        self.roster.update_bucket(id);
+        self.mark_up_if_valid(id, inventory, now);
+        self.membership.update_bucket(id);
     }
 
     /// Evicts a random member without an introduction when they are too many. An attacker with
     /// credentials for many keys would fill the table.
-    fn evict_unintroduced(&mut self, table: &mut Inventory, now: Instant) {
-        let is_stranger = |member: &&Member| member.introduction.is_none();
-        let strangers = self.roster.members.values().filter(is_stranger);
-        if strangers.clone().count() >= MAX_UNINTRODUCED
-            && let Some(peer) = strangers.map(|member| member.peer.id).choose(&mut self.rng)
+    fn evict_unintroduced(&mut self, inventory: &mut Inventory, now: Instant) {
+        let is_unintroduced = |member: &&Member| member.introduction.is_none();
+        let unintroduced = self.membership.members.values().filter(is_unintroduced);
+        if unintroduced.clone().count() >= MAX_UNINTRODUCED
+            && let Some(peer) = unintroduced.map(|member| member.peer.id).choose(&mut self.rng)
         {
-            self.remove_member(peer, table, now);
+            self.remove_member(peer, inventory, now);
         }
     }
 
     /// Whether [`MAX_KEYS_OF_POD`] newer keys of the pod are members already.
     fn has_newer_keys(&self, profile: &Profile, pod: Option<&str>) -> bool {
         let of_pod = |member: &&Member| pod.is_some() && member.pod.as_deref() == pod && member.peer.id != profile.peer;
-        let newer = |member: &&Member| (member.epoch(), member.peer.id) > (profile.epoch, profile.peer);
-        self.roster.members.values().filter(of_pod).filter(newer).count() >= MAX_KEYS_OF_POD
+        let is_newer = |member: &&Member| (member.epoch(), member.peer.id) > (profile.epoch, profile.peer);
+        self.membership.members.values().filter(of_pod).filter(is_newer).count() >= MAX_KEYS_OF_POD
     }
 
     /// Removes all but the newest [`MAX_KEYS_OF_POD`] keys of a pod. An agent with a pod's rights
     /// can get credentials for key after key.
-    fn evict_older_keys_of_pod(&mut self, peer: &Peer, pod: Option<&str>, table: &mut Inventory, now: Instant) {
+    fn evict_older_keys_of_pod(&mut self, peer: &Peer, pod: Option<&str>, inventory: &mut Inventory, now: Instant) {
         let (id, Some(pod)) = (peer.id, pod) else { return };
-        let of_pod = self.roster.members.values().filter(|member| member.pod.as_deref() == Some(pod));
+        let of_pod = self.membership.members.values().filter(|member| member.pod.as_deref() == Some(pod));
         let mut others: Vec<_> =
             of_pod.filter(|member| member.peer.id != id).map(|member| (member.epoch(), member.peer.id)).collect();
         others.sort_unstable();
         let too_many = (others.len() + 1).saturating_sub(MAX_KEYS_OF_POD);
         for (_, other) in others.into_iter().take(too_many) {
-            if let Some(banned) =
-                self.member(other).map(|member| &member.score).filter(|conduct| conduct.is_banned(now))
-            {
+            if let Some(banned) = self.member(other).map(|member| &member.score).filter(|score| score.is_banned(now)) {
                 // The newer key inherits the ban.
-                let conduct = banned.clone();
-                let heir = self.roster.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
-                heir.score = conduct;
+                let score = banned.clone();
+                let successor = self.membership.members.entry(id).or_insert_with(|| Member::new(peer.clone()));
+                successor.score = score;
             }
-            self.mark_down(other, "the pod has newer keys", table);
-            self.remove_member(other, table, now);
+            self.mark_down(other, "the pod has newer keys", inventory);
+            self.remove_member(other, inventory, now);
         }
     }
 
     /// Marks the member up, unless its credential, its death, our suspicion or a ban forbids that.
-    pub(super) fn mark_up_if_valid(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+    pub(super) fn mark_up_if_valid(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
         let me = self.local.peer;
-        let Some(member) = self.roster.get_mut(peer) else { return };
-        let good = member.has_valid_credential(now)
+        let Some(member) = self.membership.get_mut(peer) else { return };
+        let is_valid = member.has_valid_credential(now)
             && !member.is_dead()
             && !member.suspected_by.contains(&me)
             && !member.score.is_banned(now);
-        if good && !member.is_up {
+        if is_valid && !member.is_up {
             member.is_up = true;
-            table.up(member.peer.clone());
+            inventory.up(member.peer.clone());
             let output = Output::Up(member.peer.clone());
             self.push_output(output);
         }
     }
 
     /// Hides the member's items and reports the member down.
-    pub(super) fn mark_down(&mut self, peer: PeerId, reason: &'static str, table: &mut Inventory) {
-        let Some(member) = self.roster.get_mut(peer) else { return };
+    pub(super) fn mark_down(&mut self, peer: PeerId, reason: &'static str, inventory: &mut Inventory) {
+        let Some(member) = self.membership.get_mut(peer) else { return };
         if std::mem::take(&mut member.is_up) {
-            table.hide(peer);
+            inventory.hide(peer);
             self.push_output(Output::Down(peer, reason));
         }
     }
 
     /// Removes the member from the table, the inventory and the pending requests.
-    fn remove_member(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
+    fn remove_member(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
         self.push_output(Output::Deny(peer));
-        self.roster.remove(peer);
+        self.membership.remove(peer);
         self.behind.remove(&peer);
         self.missing_introductions.remove(&peer);
-        let asked: Vec<_> =
-            self.in_flight.iter().filter(|(_, asked)| asked.peer == peer).map(|(ask, _)| *ask).collect();
-        for ask in asked {
-            if let Some(asked) = self.in_flight.remove(&ask) {
-                self.reschedule(asked.question, now);
+        let ids: Vec<_> =
+            self.in_flight.iter().filter(|(_, pending)| pending.peer == peer).map(|(id, _)| *id).collect();
+        for id in ids {
+            if let Some(pending) = self.in_flight.remove(&id) {
+                self.reschedule(pending.request, now);
             }
         }
         self.chosen_is_stale = true;
-        table.forget(peer);
+        inventory.forget(peer);
     }
 
     /// Verifies expired credentials again, marks members dead that did not refute in time, marks
     /// members up after a ban, and removes members that are gone for long.
-    pub(super) fn expire_members(&mut self, table: &mut Inventory, now: Instant) {
-        let mut ended = Vec::new();
-        let mut gone = Vec::new();
+    pub(super) fn expire_members(&mut self, inventory: &mut Inventory, now: Instant) {
+        let mut to_reverify = Vec::new();
+        let mut removed = Vec::new();
         let mut returning = Vec::new();
-        let mut doubtful = Vec::new();
-        for (peer, member) in &self.roster.members {
+        let mut contested = Vec::new();
+        for (peer, member) in &self.membership.members {
             if !member.is_up {
                 returning.push(*peer);
             }
             if member.introduction.is_some() && !member.has_valid_credential(now) {
-                ended.push(*peer);
+                to_reverify.push(*peer);
             }
             if matches!(member.liveness, Liveness::Contested(since) if now.duration_since(since) > REFUTATION_TIMEOUT)
                 && !member.connections.is_connected()
             {
-                doubtful.push(*peer);
+                contested.push(*peer);
             }
-            let dead = matches!(member.liveness, Liveness::Dead(since) if now.duration_since(since) > RETENTION);
-            let nobody = member.introduction.is_none() && !member.is_admitted(now);
+            let is_expired = matches!(member.liveness, Liveness::Dead(since) if now.duration_since(since) > RETENTION);
+            let is_unknown = member.introduction.is_none() && !member.is_admitted(now);
             // A banned member stays in the table until the ban ends.
-            if (dead || nobody || !may_renew_credential(member, now)) && !member.score.is_banned(now) {
-                gone.push(*peer);
+            if (is_expired || is_unknown || !may_renew_credential(member, now)) && !member.score.is_banned(now) {
+                removed.push(*peer);
             }
         }
-        for peer in ended {
-            self.reverify_credential(peer, table, now);
+        for peer in to_reverify {
+            self.reverify_credential(peer, inventory, now);
         }
-        for peer in doubtful {
-            self.mark_dead(peer, "the death was not refuted in time", table, now);
+        for peer in contested {
+            self.mark_dead(peer, "the death was not refuted in time", inventory, now);
         }
         // A ban may have ended.
         for peer in returning {
-            self.mark_up_if_valid(peer, table, now);
+            self.mark_up_if_valid(peer, inventory, now);
         }
-        for peer in gone {
-            self.mark_down(peer, "removed from the table", table);
-            self.remove_member(peer, table, now);
+        for peer in removed {
+            self.mark_down(peer, "removed from the table", inventory);
+            self.remove_member(peer, inventory, now);
         }
     }
 
     /// Verifies an expired credential again. During an outage of the API server, the verifier may
     /// accept the credential for longer.
-    fn reverify_credential(&mut self, peer: PeerId, table: &mut Inventory, now: Instant) {
-        let Some(member) = self.roster.get_mut(peer) else { return };
+    fn reverify_credential(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
+        let Some(member) = self.membership.get_mut(peer) else { return };
         let Some(introduction) = &member.introduction else { return };
         match self.verifier.verify_credential(peer, &introduction.credential) {
-            Ok(vouched) => {
-                member.credential_until = Some(now + vouched.life.min(LONGEST_LIFE));
+            Ok(verified) => {
+                member.credential_until = Some(now + verified.lifetime.min(LONGEST_LIFE));
                 member.undecided_since = None;
-                return self.mark_up_if_valid(peer, table, now);
+                return self.mark_up_if_valid(peer, inventory, now);
             }
             // The verifier is fetching what the decision depends on.
             Err(CredentialRejection::Undecided)
@@ -433,13 +431,13 @@ impl<N: CredentialVerifier> Protocol<N> {
             }
             Err(_) => member.undecided_since = None,
         }
-        let links = member.connections.take_all();
+        let connections = member.connections.take_all();
         let was_admitted = member.admitted_until.take().is_some();
-        self.outputs.extend(links.into_iter().map(|link| Output::Close(link, peer)));
+        self.outputs.extend(connections.into_iter().map(|connection| Output::Close(connection, peer)));
         if was_admitted {
             self.push_output(Output::Deny(peer));
         }
-        self.mark_down(peer, "the credential expired", table);
+        self.mark_down(peer, "the credential expired", inventory);
     }
 }
 

@@ -95,7 +95,7 @@ impl Member {
 
     /// The member answers this agent, which clears our suspicion. True when the state changed.
     pub(super) fn record_answer(&mut self, me: PeerId, now: Instant) -> bool {
-        let was_accused = self.suspected_by.remove(&me);
+        let was_suspected = self.suspected_by.remove(&me);
         let was_down = self.is_dead();
         if was_down {
             self.liveness = Liveness::Contested(now);
@@ -104,7 +104,7 @@ impl Member {
         if self.suspected_by.is_empty() {
             self.suspected_since = None;
         }
-        was_accused || was_down
+        was_suspected || was_down
     }
 
     /// Whether the member is introduced and its credential is valid.
@@ -115,12 +115,12 @@ impl Member {
     /// Whether the member may connect: admitted in a handshake, with a credential, shown then or
     /// since, that is still valid.
     pub(super) fn is_admitted(&self, now: Instant) -> bool {
-        let at_door = self.admitted_until.is_some_and(|until| until > now || self.has_valid_credential(now));
-        at_door && !self.score.is_banned(now)
+        let is_unexpired = self.admitted_until.is_some_and(|until| until > now || self.has_valid_credential(now));
+        is_unexpired && !self.score.is_banned(now)
     }
 
     /// The summary for neighbors; `None` without an introduction.
-    pub(super) fn mark(&self) -> Option<MemberSummary> {
+    pub(super) fn summary(&self) -> Option<MemberSummary> {
         let (epoch, version) = self.version();
         let introduced = self.introduction.as_ref()?;
         Some(MemberSummary {
@@ -170,11 +170,11 @@ impl MembershipTable {
 
     /// Visits every watched member, and stops watching members without connection, dial or
     /// suspicion.
-    pub(super) fn retain_watched(&mut self, mut look: impl FnMut(PeerId, &mut Member)) {
+    pub(super) fn retain_watched(&mut self, mut visit: impl FnMut(PeerId, &mut Member)) {
         let Self { members, watched, buckets: _, limit: _ } = self;
         watched.retain(|peer| {
             let Some(member) = members.get_mut(peer) else { return false };
-            look(*peer, member);
+            visit(*peer, member);
             !member.connections.is_idle() || !member.suspected_by.is_empty()
         });
     }
@@ -191,7 +191,7 @@ impl MembershipTable {
     /// Updates the bucket's hash after a change of the member's summary.
     pub(super) fn update_bucket(&mut self, peer: PeerId) {
         let Some(member) = self.members.get_mut(&peer) else { return };
-        let hash = member.mark().map_or(0, |mark| hash_of(&mark));
+        let hash = member.summary().map_or(0, |summary| hash_of(&summary));
         let bucket = &mut self.buckets[bucket_of(peer)];
         *bucket = bucket.wrapping_sub(member.hash).wrapping_add(hash);
         member.hash = hash;
@@ -215,13 +215,14 @@ impl MembershipTable {
     }
 
     /// The summaries in the buckets that differ from these hashes.
-    pub(super) fn differing_marks(&self, theirs: &[u64], own: Option<&MemberSummary>) -> Vec<MemberSummary> {
+    pub(super) fn differing_summaries(&self, theirs: &[u64], own: Option<&MemberSummary>) -> Vec<MemberSummary> {
         let ours = self.buckets(own);
         let differs = |peer: PeerId| {
             let bucket = bucket_of(peer);
             theirs.get(bucket) != Some(&ours[bucket])
         };
-        let members = self.members.iter().filter(|(peer, _)| differs(**peer)).filter_map(|(_, member)| member.mark());
+        let members =
+            self.members.iter().filter(|(peer, _)| differs(**peer)).filter_map(|(_, member)| member.summary());
         members.chain(own.filter(|own| differs(own.peer)).cloned()).collect()
     }
 }
@@ -231,13 +232,13 @@ fn bucket_of(peer: PeerId) -> usize {
 }
 
 /// 64 bits keep two summaries apart by chance. A neighbor that wants to deceive has simpler means.
-fn hash_of(mark: &MemberSummary) -> u64 {
-    let MemberSummary { peer, epoch, version, incarnation, sequence, is_dead: down } = mark;
+fn hash_of(summary: &MemberSummary) -> u64 {
+    let MemberSummary { peer, epoch, version, incarnation, sequence, is_dead } = summary;
     let mut text = Vec::with_capacity(65);
     text.extend_from_slice(peer.public_key());
     for number in [epoch, version, incarnation, sequence] {
         text.extend_from_slice(&number.to_be_bytes());
     }
-    text.push((*down).into());
+    text.push((*is_dead).into());
     Digest::of(&text).as_bytes()[..8].iter().fold(0, |hash, byte| hash << 8 | u64::from(*byte))
 }

@@ -19,8 +19,8 @@ const SAME_ZONE: usize = 2;
 /// Beyond this number, an agent closes random connections that it did not choose, down to
 /// [`NEIGHBOURS_AFTER_THINNING`]. A member that chose this agent connects again, and the others
 /// have met more members by then.
-pub(super) const MAX_NEIGHBOURS: usize = 32;
-pub(super) const NEIGHBOURS_AFTER_THINNING: usize = 24;
+pub(super) const MAX_NEIGHBORS: usize = 32;
+pub(super) const NEIGHBORS_AFTER_THINNING: usize = 24;
 
 /// The members that should be neighbors, among those that can be.
 pub(super) fn choose<'a>(
@@ -28,12 +28,12 @@ pub(super) fn choose<'a>(
     zone: Option<&Zone>,
     candidates: impl Iterator<Item = (PeerId, Option<&'a Zone>)>,
 ) -> Vec<PeerId> {
-    let mut ranked: Vec<_> = candidates.map(|(peer, of)| (salted_rank(salt, peer), peer, of)).collect();
+    let mut ranked: Vec<_> = candidates.map(|(peer, peer_zone)| (salted_rank(salt, peer), peer, peer_zone)).collect();
     ranked.sort_unstable_by_key(|(rank, _, _)| *rank);
     if ranked.len() <= MAX_FULL_MESH {
         return ranked.into_iter().map(|(_, peer, _)| peer).collect();
     }
-    let near = ranked.iter().filter(|(_, _, of)| zone.is_some() && *of == zone).take(SAME_ZONE);
+    let near = ranked.iter().filter(|(_, _, peer_zone)| zone.is_some() && *peer_zone == zone).take(SAME_ZONE);
     let mut chosen: Vec<_> = near.map(|(_, peer, _)| *peer).collect();
     for (_, peer, _) in &ranked {
         if chosen.len() == CHOSEN {

@@ -41,8 +41,8 @@ impl RecentEntries {
         let Some(first) = after.checked_add(1) else { return Vec::new() };
         let mut left = MAX_REPLY_BYTES;
         let of_log = self.entries.range((publisher, epoch, first)..=(publisher, epoch, u64::MAX));
-        let in_row = of_log.zip(first..).take_while(|((key, _), next)| key.2 == *next);
-        let fitting = in_row.take_while(|((_, entry), _)| match left.checked_sub(cost(entry)) {
+        let consecutive = of_log.zip(first..).take_while(|((key, _), next)| key.2 == *next);
+        let fitting = consecutive.take_while(|((_, entry), _)| match left.checked_sub(cost(entry)) {
             Some(rest) => {
                 left = rest;
                 true
@@ -56,10 +56,10 @@ impl RecentEntries {
 /// The estimated bytes of an entry: its head, and its changes.
 fn cost(entry: &LogEntry) -> usize {
     const HEAD: usize = 300;
-    let of_change = |change: &crate::model::InventoryChange| match change {
+    let change_cost = |change: &crate::model::InventoryChange| match change {
         crate::model::InventoryChange::Added(item) | crate::model::InventoryChange::Removed(item) => {
             super::local_log::weight(item) + 64
         }
     };
-    HEAD + entry.changes.iter().map(of_change).sum::<usize>()
+    HEAD + entry.changes.iter().map(change_cost).sum::<usize>()
 }

@@ -20,30 +20,30 @@ const REFUTATION_SPREAD_TIME: Duration = Duration::from_millis(500);
 
 impl<N: CredentialVerifier> Protocol<N> {
     /// A neighbor replied to a request.
-    pub fn receive_reply(&mut self, ask: SyncRequestId, reply: SyncReply, table: &mut Inventory, now: Instant) {
-        let Some(PendingRequest { peer: from, question }) = self.in_flight.remove(&ask) else { return };
+    pub fn receive_reply(&mut self, id: SyncRequestId, reply: SyncReply, inventory: &mut Inventory, now: Instant) {
+        let Some(PendingRequest { peer: from, request: question }) = self.in_flight.remove(&id) else { return };
         match (question, reply) {
-            (SyncRequest::Compare(_), SyncReply::Summaries(marks)) => {
-                for mark in marks.into_iter().take(MAX_MEMBERS + 1) {
-                    self.compare_mark(from, &mark, now);
+            (SyncRequest::Compare(_), SyncReply::Summaries(summaries)) => {
+                for summary in summaries.into_iter().take(MAX_MEMBERS + 1) {
+                    self.compare_summary(from, &summary, now);
                 }
             }
             (SyncRequest::Introductions(wanted), SyncReply::Introductions(introductions, refutations)) => {
-                let mut left: BTreeSet<_> = wanted.iter().copied().collect();
+                let mut unanswered: BTreeSet<_> = wanted.iter().copied().collect();
                 for introduction in introductions.into_iter().take(MAX_MEMBERS_PER_REQUEST) {
-                    if !left.remove(&introduction.profile.peer) {
+                    if !unanswered.remove(&introduction.profile.peer) {
                         continue;
                     }
-                    if let GossipVerdict::Reject(fault) = self.receive_introduction(introduction, table, now) {
+                    if let GossipVerdict::Reject(fault) = self.receive_introduction(introduction, inventory, now) {
                         self.record_fault(from, fault, now);
                     }
                 }
-                let mut left: BTreeSet<_> = wanted.iter().copied().collect();
+                let mut unanswered: BTreeSet<_> = wanted.iter().copied().collect();
                 for refutation in refutations.into_iter().take(MAX_MEMBERS_PER_REQUEST) {
-                    if !left.remove(&refutation.peer) {
+                    if !unanswered.remove(&refutation.peer) {
                         continue;
                     }
-                    if let GossipVerdict::Reject(fault) = self.receive_refutation(refutation, table, now) {
+                    if let GossipVerdict::Reject(fault) = self.receive_refutation(refutation, inventory, now) {
                         self.record_fault(from, fault, now);
                     }
                 }
@@ -51,55 +51,55 @@ impl<N: CredentialVerifier> Protocol<N> {
                 self.compare_with(from);
             }
             (SyncRequest::Entries { publisher, epoch, after }, SyncReply::Entries(entries)) => {
-                self.apply_entries(from, publisher, epoch, after, entries, table, now);
+                self.apply_entries(from, publisher, epoch, after, entries, inventory, now);
             }
             (SyncRequest::Snapshot(wanted), SyncReply::Snapshot(snapshot)) => {
-                self.apply_snapshot(from, &wanted, snapshot, table, now);
+                self.apply_snapshot(from, &wanted, snapshot, inventory, now);
             }
             (SyncRequest::Disconnect, _) => self.close_connections(from),
-            (question, SyncReply::Busy) => self.reschedule(question, now),
-            (question, _) => {
+            (request, SyncReply::Busy) => self.reschedule(request, now),
+            (request, _) => {
                 self.record_fault(from, "malformed", now);
-                self.reschedule(question, now);
+                self.reschedule(request, now);
             }
         }
         self.request_missing(now);
     }
 
     /// A request failed: no reply in time, or the connection closed.
-    pub fn record_request_failure(&mut self, ask: SyncRequestId, now: Instant) {
-        if let Some(PendingRequest { peer: of, question }) = self.in_flight.remove(&ask) {
+    pub fn record_request_failure(&mut self, id: SyncRequestId, now: Instant) {
+        if let Some(PendingRequest { peer, request: question }) = self.in_flight.remove(&id) {
             match question {
-                SyncRequest::Disconnect => self.close_connections(of),
-                question => self.reschedule(question, now),
+                SyncRequest::Disconnect => self.close_connections(peer),
+                request => self.reschedule(request, now),
             }
         }
         self.request_missing(now);
     }
 
     fn close_connections(&mut self, peer: PeerId) {
-        let Some(member) = self.roster.get_mut(peer) else { return };
-        let links = member.connections.take_all();
-        self.outputs.extend(links.into_iter().map(|link| Output::Close(link, peer)));
+        let Some(member) = self.membership.get_mut(peer) else { return };
+        let connections = member.connections.take_all();
+        self.outputs.extend(connections.into_iter().map(|connection| Output::Close(connection, peer)));
     }
 
-    pub(super) fn reschedule(&mut self, question: SyncRequest, now: Instant) {
-        let (publishers, need) = match question {
+    pub(super) fn reschedule(&mut self, request: SyncRequest, now: Instant) {
+        let (publishers, need) = match request {
             SyncRequest::Entries { publisher, after, .. } => (vec![publisher], MissingEntries::Entries(after)),
             SyncRequest::Snapshot(publishers) => (publishers, MissingEntries::Snapshot),
             SyncRequest::Compare(_) | SyncRequest::Introductions(_) | SyncRequest::Disconnect => return,
         };
         for publisher in publishers {
             let jitter = self.jitter();
-            if let Some(member) = self.roster.get_mut(publisher) {
+            if let Some(member) = self.membership.get_mut(publisher) {
                 member.log.record_failed_request(need, now, jitter);
             }
         }
     }
 
     /// Compares a neighbor's summary of one member with this agent's own state.
-    fn compare_mark(&mut self, from: PeerId, mark: &MemberSummary, now: Instant) {
-        let MemberSummary { peer, epoch, version, incarnation, sequence, is_dead: down } = *mark;
+    fn compare_summary(&mut self, from: PeerId, summary: &MemberSummary, now: Instant) {
+        let MemberSummary { peer, epoch, version, incarnation, sequence, is_dead } = *summary;
         if self.missing_introductions.len() >= MAX_MEMBERS {
             return;
         }
@@ -107,7 +107,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             let mine = self.introduction.as_ref().map_or((0, 0), |own| (own.profile.epoch, own.profile.version));
             if (epoch, version) > mine {
                 self.missing_introductions.insert(peer, from);
-            } else if down && epoch == mine.0 {
+            } else if is_dead && epoch == mine.0 {
                 match incarnation.cmp(&self.incarnation) {
                     Ordering::Equal => self.refute(now),
                     Ordering::Less => drop(self.refute_at.get_or_insert(now + REFUTATION_SPREAD_TIME)),
@@ -117,9 +117,9 @@ impl<N: CredentialVerifier> Protocol<N> {
             }
             return;
         }
-        let Some(member) = self.roster.get_mut(peer) else {
+        let Some(member) = self.membership.get_mut(peer) else {
             // A full table would ignore the introduction.
-            if !down && !self.roster.is_full() {
+            if !is_dead && !self.membership.is_full() {
                 self.missing_introductions.insert(peer, from);
             }
             return;
@@ -134,7 +134,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             if member.log.is_behind() {
                 self.behind.insert(peer);
             }
-            if down && member.is_up && incarnation == member.incarnation() {
+            if is_dead && member.is_up && incarnation == member.incarnation() {
                 // The suspicions that the neighbor received have not arrived here.
                 self.probe_suspect(peer, now);
             }
@@ -149,7 +149,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         epoch: u64,
         after: u64,
         entries: Vec<LogEntry>,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) {
         let before = self.member(publisher).map(|member| member.log.sequence());
@@ -163,16 +163,16 @@ impl<N: CredentialVerifier> Protocol<N> {
                 }
                 break;
             }
-            let is_good = validate_entry(&entry).is_ok()
+            let is_valid = validate_entry(&entry).is_ok()
                 && self.verifier.is_signed(publisher, &head.signed_bytes(), &head.signature);
-            if !is_good {
+            if !is_valid {
                 self.record_fault(from, "forged", now);
                 break;
             }
-            self.apply_entry(from, entry, table, now);
+            self.apply_entry(from, entry, inventory, now);
         }
         let jitter = self.jitter();
-        let Some(member) = self.roster.get_mut(publisher) else { return };
+        let Some(member) = self.membership.get_mut(publisher) else { return };
         if Some(member.log.sequence()) > before {
             member.log.record_useful_reply(now);
         } else {
@@ -192,24 +192,26 @@ impl<N: CredentialVerifier> Protocol<N> {
         from: PeerId,
         wanted: &[PeerId],
         snapshot: InventorySnapshot,
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) {
         let InventorySnapshot { heads, items } = snapshot;
-        let is_sound = heads.len() <= MAX_MEMBERS_PER_REQUEST + 1
+        let is_valid = heads.len() <= MAX_MEMBERS_PER_REQUEST + 1
             && items.windows(2).all(|pair| pair[0].0 < pair[1].0)
             && items.iter().all(|(item, _)| is_valid_item(item));
         // An invalid name is no fault of the neighbor: a later release may have other forms, and
         // the neighbor only relays the publisher's items.
-        let mut left: BTreeSet<_> = wanted.iter().copied().collect();
-        for (number, head) in heads.into_iter().enumerate().filter(|_| is_sound) {
-            if left.remove(&head.publisher) && !self.apply_member_snapshot(from, number, head, &items, table, now) {
+        let mut unanswered: BTreeSet<_> = wanted.iter().copied().collect();
+        for (number, head) in heads.into_iter().enumerate().filter(|_| is_valid) {
+            if unanswered.remove(&head.publisher)
+                && !self.apply_member_snapshot(from, number, head, &items, inventory, now)
+            {
                 break;
             }
         }
         for publisher in wanted {
             let jitter = self.jitter();
-            if let Some(member) = self.roster.get_mut(*publisher) {
+            if let Some(member) = self.membership.get_mut(*publisher) {
                 // Without effect on a log that the snapshot completed.
                 member.log.record_empty_reply(MissingEntries::Snapshot, now, jitter);
             }
@@ -224,22 +226,22 @@ impl<N: CredentialVerifier> Protocol<N> {
         number: usize,
         head: LogHead,
         items: &[(InventoryItem, Bits)],
-        table: &mut Inventory,
+        inventory: &mut Inventory,
         now: Instant,
     ) -> bool {
         let publisher = head.publisher;
-        let is_news = self
+        let is_newer = self
             .member(publisher)
             .is_some_and(|member| member.epoch() == head.epoch && member.log.sequence() < head.sequence);
-        if !is_news {
+        if !is_newer {
             return true;
         }
         if !self.verifier.is_signed(publisher, &head.signed_bytes(), &head.signature) {
             self.record_fault(from, "forged", now);
             return false;
         }
-        let held = || items.iter().filter(|(_, bits)| bits.get(number)).map(|(item, _)| item);
-        if held().count() > MAX_ITEMS || state_digest(held()) != head.state {
+        let member_items = || items.iter().filter(|(_, bits)| bits.get(number)).map(|(item, _)| item);
+        if member_items().count() > MAX_ITEMS || state_digest(member_items()) != head.state {
             // The publisher signed a state that is not its own, or this neighbor changed the items.
             // Only a neighbor that is the publisher is surely at fault. Another neighbor is asked
             // next.
@@ -248,10 +250,10 @@ impl<N: CredentialVerifier> Protocol<N> {
             }
             return true;
         }
-        let dropped = table.replace(publisher, held().cloned());
-        let Some(member) = self.roster.get_mut(publisher) else { return true };
+        let dropped = inventory.replace(publisher, member_items().cloned());
+        let Some(member) = self.membership.get_mut(publisher) else { return true };
         let next = member.log.replace(head, dropped > 0);
-        self.apply_changes(publisher, next, table);
+        self.apply_changes(publisher, next, inventory);
         true
     }
 }

@@ -20,22 +20,24 @@ const MAX_INTRODUCTIONS: usize = 1 << 20;
 
 impl<N: CredentialVerifier> Protocol<N> {
     /// Answers a request of a neighbor.
-    pub fn answer(&mut self, from: PeerId, question: SyncRequest, table: &Inventory, now: Instant) -> SyncReply {
-        let Some(member) = self.roster.get_mut(from) else { return SyncReply::Busy };
+    pub fn answer(&mut self, from: PeerId, request: SyncRequest, inventory: &Inventory, now: Instant) -> SyncReply {
+        let Some(member) = self.membership.get_mut(from) else { return SyncReply::Busy };
         if member.score.is_banned(now) || !member.score.requests.try_take(&REQUEST_LIMIT, now) {
             return SyncReply::Busy;
         }
-        match question {
+        match request {
             SyncRequest::Compare(buckets) if buckets.len() == BUCKETS => {
-                SyncReply::Summaries(self.roster.differing_marks(&buckets, self.own_mark().as_ref()))
+                SyncReply::Summaries(self.membership.differing_summaries(&buckets, self.own_summary().as_ref()))
             }
             // A release with other buckets gets all summaries.
-            SyncRequest::Compare(_) => SyncReply::Summaries(self.roster.differing_marks(&[], self.own_mark().as_ref())),
+            SyncRequest::Compare(_) => {
+                SyncReply::Summaries(self.membership.differing_summaries(&[], self.own_summary().as_ref()))
+            }
             SyncRequest::Introductions(peers) => self.introductions_reply(&peers, now),
             SyncRequest::Entries { publisher, epoch, after } => {
                 SyncReply::Entries(self.recent.after(publisher, epoch, after))
             }
-            SyncRequest::Snapshot(peers) => SyncReply::Snapshot(self.snapshot_reply(&peers, table)),
+            SyncRequest::Snapshot(peers) => SyncReply::Snapshot(self.snapshot_reply(&peers, inventory)),
             SyncRequest::Disconnect => {
                 member.connections.mark_close_announced();
                 SyncReply::Busy
@@ -66,18 +68,18 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     /// The items of the requested members whose logs can be proved, as many members as fit.
-    fn snapshot_reply(&self, peers: &[PeerId], table: &Inventory) -> InventorySnapshot {
+    fn snapshot_reply(&self, peers: &[PeerId], inventory: &Inventory) -> InventorySnapshot {
         let peers: BTreeSet<_> = peers.iter().take(MAX_MEMBERS_PER_REQUEST).copied().collect();
         let own = self.log.head().filter(|_| peers.contains(&self.local.peer));
-        let proved = |peer: &PeerId| self.member(*peer).and_then(|member| member.log.proof());
-        let known: Vec<_> = peers.iter().filter_map(|peer| Some((*peer, proved(peer)?.clone()))).collect();
+        let head_of = |peer: &PeerId| self.member(*peer).and_then(|member| member.log.complete_head());
+        let known: Vec<_> = peers.iter().filter_map(|peer| Some((*peer, head_of(peer)?.clone()))).collect();
         // Other logs are left out until the rest fits. A requested own log stays: it is short, and
         // no other agent has it so soon.
-        let mut of = known.len();
+        let mut included = known.len();
         loop {
-            let publishers: Vec<_> = known[..of].iter().map(|(peer, _)| *peer).collect();
-            let mut heads: Vec<_> = known[..of].iter().map(|(_, head)| head.clone()).collect();
-            let mut items: BTreeMap<InventoryItem, Bits> = table.shared_items(&publishers).into_iter().collect();
+            let publishers: Vec<_> = known[..included].iter().map(|(peer, _)| *peer).collect();
+            let mut heads: Vec<_> = known[..included].iter().map(|(_, head)| head.clone()).collect();
+            let mut items: BTreeMap<InventoryItem, Bits> = inventory.shared_items(&publishers).into_iter().collect();
             if let Some(own) = own {
                 let number = heads.len();
                 heads.push(own.clone());
@@ -86,10 +88,10 @@ impl<N: CredentialVerifier> Protocol<N> {
                 }
             }
             let bits = heads.len().div_ceil(8);
-            if of == 0 || items.keys().map(|item| weight(item) + bits).sum::<usize>() <= MAX_SNAPSHOT_WEIGHT {
+            if included == 0 || items.keys().map(|item| weight(item) + bits).sum::<usize>() <= MAX_SNAPSHOT_WEIGHT {
                 return InventorySnapshot { heads, items: items.into_iter().collect() };
             }
-            of /= 2;
+            included /= 2;
         }
     }
 }

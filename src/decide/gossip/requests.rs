@@ -23,7 +23,7 @@ pub(super) const MAX_MEMBERS_PER_REQUEST: usize = 256;
 pub(super) struct PendingRequest {
     /// The neighbor that has to answer.
     pub(super) peer: PeerId,
-    pub(super) question: SyncRequest,
+    pub(super) request: SyncRequest,
 }
 
 impl<N: CredentialVerifier> Protocol<N> {
@@ -40,25 +40,25 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     pub(super) fn compare_with(&mut self, peer: PeerId) {
-        let buckets = self.roster.buckets(self.own_mark().as_ref());
+        let buckets = self.membership.buckets(self.own_summary().as_ref());
         self.send_request(peer, SyncRequest::Compare(buckets));
     }
 
     fn random_neighbor(&mut self) -> Option<PeerId> {
-        self.roster.neighbors().map(|member| member.peer.id).choose(&mut self.rng)
+        self.membership.neighbors().map(|member| member.peer.id).choose(&mut self.rng)
     }
 
-    pub(super) fn send_request(&mut self, peer: PeerId, question: SyncRequest) {
+    pub(super) fn send_request(&mut self, peer: PeerId, request: SyncRequest) {
         self.last_request += 1;
-        self.in_flight.insert(self.last_request, PendingRequest { peer, question: question.clone() });
-        self.push_output(Output::Request(self.last_request, peer, question));
+        self.in_flight.insert(self.last_request, PendingRequest { peer, request: request.clone() });
+        self.push_output(Output::Request(self.last_request, peer, request));
     }
 
     /// Requests missing content, with at most [`MAX_REQUESTS`] requests in flight.
     pub(super) fn request_missing(&mut self, now: Instant) {
-        let under_way =
-            |asked: &PendingRequest| !matches!(asked.question, SyncRequest::Compare(_) | SyncRequest::Disconnect);
-        while self.in_flight.values().filter(|asked| under_way(asked)).count() < MAX_REQUESTS {
+        let is_counted =
+            |pending: &PendingRequest| !matches!(pending.request, SyncRequest::Compare(_) | SyncRequest::Disconnect);
+        while self.in_flight.values().filter(|pending| is_counted(pending)).count() < MAX_REQUESTS {
             if !self.send_introductions_request() && !self.send_log_request(now) {
                 return;
             }
@@ -69,16 +69,16 @@ impl<N: CredentialVerifier> Protocol<N> {
     fn send_introductions_request(&mut self) -> bool {
         // One request per neighbor at a time, so a neighbor that never answers does not block the
         // others.
-        let is_asked = |source: &PeerId| {
-            let who = |asked: &PendingRequest| {
-                asked.peer == *source && matches!(asked.question, SyncRequest::Introductions(_))
+        let is_requested = |source: &PeerId| {
+            let is_introductions_request = |pending: &PendingRequest| {
+                pending.peer == *source && matches!(pending.request, SyncRequest::Introductions(_))
             };
-            self.in_flight.values().any(who)
+            self.in_flight.values().any(is_introductions_request)
         };
-        let who =
-            self.in_flight.values().filter(|asked| matches!(asked.question, SyncRequest::Introductions(_))).count();
-        let source = self.missing_introductions.values().find(|source| !is_asked(source)).copied();
-        let Some(source) = source.filter(|_| who < MAX_REQUESTS / 2) else { return false };
+        let introductions_in_flight =
+            self.in_flight.values().filter(|pending| matches!(pending.request, SyncRequest::Introductions(_))).count();
+        let source = self.missing_introductions.values().find(|source| !is_requested(source)).copied();
+        let Some(source) = source.filter(|_| introductions_in_flight < MAX_REQUESTS / 2) else { return false };
         let of_source = self.missing_introductions.iter().filter(|(_, from)| **from == source).map(|(peer, _)| *peer);
         let peers: Vec<_> = of_source.take(MAX_MEMBERS_PER_REQUEST).collect();
         self.missing_introductions.retain(|peer, _| !peers.contains(peer));
@@ -97,18 +97,18 @@ impl<N: CredentialVerifier> Protocol<N> {
         if self.behind.is_empty() {
             return false;
         }
-        let is_snapshot = |asked: &&PendingRequest| matches!(asked.question, SyncRequest::Snapshot(_));
+        let is_snapshot = |pending: &&PendingRequest| matches!(pending.request, SyncRequest::Snapshot(_));
         let may_snapshot = self.in_flight.values().filter(is_snapshot).count() < MAX_SNAPSHOTS;
         let mut snapshots: BTreeMap<PeerId, Vec<PeerId>> = BTreeMap::new();
         let mut entries = None;
-        let any = self.random_neighbor();
+        let random_peer = self.random_neighbor();
         for publisher in &self.behind {
             let Some(member) = self.member(*publisher) else { continue };
             let Some((need, source)) = member.log.due_request(now) else { continue };
             // First the neighbor that announced the entries, then the publisher, then any neighbor.
             let known = source.filter(|source| self.is_neighbor(*source));
-            let itself = || Some(*publisher).filter(|publisher| self.is_neighbor(*publisher));
-            let Some(peer) = known.or_else(itself).or(any) else { continue };
+            let publisher_if_neighbor = || Some(*publisher).filter(|publisher| self.is_neighbor(*publisher));
+            let Some(peer) = known.or_else(publisher_if_neighbor).or(random_peer) else { continue };
             match need {
                 MissingEntries::Entries(after) => {
                     let epoch = member.epoch();
@@ -119,26 +119,26 @@ impl<N: CredentialVerifier> Protocol<N> {
                 MissingEntries::Snapshot => {}
             }
         }
-        let most = snapshots.into_iter().max_by_key(|(_, publishers)| publishers.len());
-        let (peer, publishers, question) = match (entries, most) {
-            (Some((peer, publisher, question)), _) => (peer, vec![publisher], question),
+        let largest = snapshots.into_iter().max_by_key(|(_, publishers)| publishers.len());
+        let (peer, publishers, request) = match (entries, largest) {
+            (Some((peer, publisher, request)), _) => (peer, vec![publisher], request),
             (None, Some((peer, mut publishers))) => {
                 // A log that no neighbor can send may spoil a whole reply. The next request mixes
                 // other logs, and fewer of them.
                 let attempts = |peer: &PeerId| self.member(*peer).map_or(0, |member| member.log.attempts());
-                let most = publishers.iter().map(attempts).max().unwrap_or(0);
+                let max_attempts = publishers.iter().map(attempts).max().unwrap_or(0);
                 publishers.shuffle(&mut self.rng);
-                publishers.truncate((MAX_MEMBERS_PER_REQUEST >> most.min(8)).max(1));
+                publishers.truncate((MAX_MEMBERS_PER_REQUEST >> max_attempts.min(8)).max(1));
                 (peer, publishers.clone(), SyncRequest::Snapshot(publishers))
             }
             (None, None) => return false,
         };
         for publisher in publishers {
-            if let Some(member) = self.roster.get_mut(publisher) {
+            if let Some(member) = self.membership.get_mut(publisher) {
                 member.log.mark_requested();
             }
         }
-        self.send_request(peer, question);
+        self.send_request(peer, request);
         true
     }
 }

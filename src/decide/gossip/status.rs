@@ -9,9 +9,9 @@ use crate::model::{MemberState, MemberStatus, MeshStatus};
 
 impl<N: CredentialVerifier> Protocol<N> {
     /// The status for people. The driver fills in the numbers of messages, which are zero here.
-    pub fn status(&self, table: &Inventory, now: Instant) -> MeshStatus {
-        let introduced = self.roster.members.values().filter(|member| member.introduction.is_some());
-        let mut members: Vec<_> = introduced.map(|member| of_member(member, table, now)).collect();
+    pub fn status(&self, inventory: &Inventory, now: Instant) -> MeshStatus {
+        let introduced = self.membership.members.values().filter(|member| member.introduction.is_some());
+        let mut members: Vec<_> = introduced.map(|member| member_status(member, inventory, now)).collect();
         members.sort();
         let in_state = |state| members.iter().filter(|member| member.state == state).count();
         MeshStatus {
@@ -27,8 +27,8 @@ impl<N: CredentialVerifier> Protocol<N> {
             down: in_state(MemberState::Down),
             banned: members.iter().filter(|member| member.banned_s.is_some()).count(),
             neighbors: members.iter().filter(|member| member.neighbor).count(),
-            inventory_blobs: table.blobs(),
-            inventory_bytes: table.bytes(),
+            inventory_blobs: inventory.blobs(),
+            inventory_bytes: inventory.bytes(),
             over_limit: self.over_limit,
             messages_in: 0,
             messages_out: 0,
@@ -37,7 +37,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 }
 
-fn of_member(member: &Member, table: &Inventory, now: Instant) -> MemberStatus {
+fn member_status(member: &Member, inventory: &Inventory, now: Instant) -> MemberStatus {
     let Member { peer, introduction, .. } = member;
     let state = match member.is_dead() {
         true => MemberState::Down,
@@ -52,7 +52,7 @@ fn of_member(member: &Member, table: &Inventory, now: Instant) -> MemberStatus {
         address: peer.transfer.to_string(),
         state,
         neighbor: member.connections.is_answering(),
-        items: table.items_of(peer.id),
+        items: inventory.items_of(peer.id),
         sequence: member.log.sequence(),
         behind: member.log.behind(),
         banned_s: member.score.banned_for(now).map(|left| left.as_secs()),

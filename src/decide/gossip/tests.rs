@@ -82,7 +82,7 @@ fn a_newcomer_gets_everything_from_a_single_snapshot_request() {
     cluster.connect(1, 9);
     cluster.advance(seconds(15));
     assert_eq!(cluster.providers(9, 163), [id(6)]);
-    let snapshots = cluster.node(9).requests.iter().filter(|question| matches!(question, SyncRequest::Snapshot(_)));
+    let snapshots = cluster.node(9).requests.iter().filter(|request| matches!(request, SyncRequest::Snapshot(_)));
     assert_eq!(snapshots.count(), 1);
 }
 
@@ -98,13 +98,13 @@ fn missed_entries_are_requested_from_the_log() {
     cluster.announce(1, [blob(102)]);
     cluster.advance(seconds(5));
     assert_eq!((cluster.providers(3, 101), cluster.providers(3, 102)), (vec![id(1)], vec![id(1)]));
-    let asked = &cluster.node(3).requests;
-    assert!(asked.iter().any(|question| matches!(question, SyncRequest::Entries { after: 1, .. })), "{asked:?}");
-    assert!(!asked.iter().any(|question| matches!(question, SyncRequest::Snapshot(_))), "{asked:?}");
+    let sent = &cluster.node(3).requests;
+    assert!(sent.iter().any(|request| matches!(request, SyncRequest::Entries { after: 1, .. })), "{sent:?}");
+    assert!(!sent.iter().any(|request| matches!(request, SyncRequest::Snapshot(_))), "{sent:?}");
 }
 
 #[test]
-fn a_lost_entry_without_a_gap_is_found_by_comparing_marks() {
+fn a_lost_entry_without_a_gap_is_found_by_comparing_summaries() {
     let mut cluster = GossipCluster::converged(1..=3);
     cluster.node(3).is_cut_off = true;
     cluster.announce(1, [blob(101)]);
@@ -129,12 +129,12 @@ fn each_entry_of_a_long_batch_is_signed_with_the_state_after_the_entry() {
     let mut log = LocalLog::new(id(1), 1);
     let items: Vec<_> = (0..300u32).map(|n| InventoryItem::Blob(crate::oci::Digest::of(&n.to_be_bytes()))).collect();
     log.record(items.into_iter().map(InventoryChange::Added).collect());
-    let mut held = std::collections::BTreeSet::new();
+    let mut state = std::collections::BTreeSet::new();
     let entries = log.take_entries(|message| test_signature(id(1), message));
     assert_eq!(entries.len(), 3);
     for LogEntry { head, changes } in entries {
-        held.extend(changes.into_iter().map(|change| change.item().clone()));
-        assert_eq!(head.state, state_digest(&held));
+        state.extend(changes.into_iter().map(|change| change.item().clone()));
+        assert_eq!(head.state, state_digest(&state));
     }
 }
 
@@ -192,15 +192,15 @@ fn a_request_to_a_removed_peer_is_sent_to_another_peer() {
     member.protocol.receive_gossip(id(2), Gossip::Entry(entry_of(1, 3, &[blob(1)])), &mut member.inventory, now);
     let later = now + seconds(3);
     member.protocol.request_missing(later);
-    let Some(Output::Request(_, asked, SyncRequest::Entries { .. })) = member.protocol.next() else {
+    let Some(Output::Request(_, first, SyncRequest::Entries { .. })) = member.protocol.next() else {
         panic!("no request")
     };
-    member.protocol.remove_peer(asked, &mut member.inventory, later);
+    member.protocol.remove_peer(first, &mut member.inventory, later);
     member.protocol.request_missing(later + seconds(3));
     let again = std::iter::from_fn(|| member.protocol.next());
     let others: Vec<_> =
         again.filter_map(|output| if let Output::Request(_, peer, _) = output { Some(peer) } else { None }).collect();
-    assert!(!others.is_empty() && !others.contains(&asked), "{others:?}");
+    assert!(!others.is_empty() && !others.contains(&first), "{others:?}");
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn a_member_that_moves_with_an_expired_credential_is_no_provider() {
 #[test]
 fn an_agent_with_a_full_membership_table_counts_rejected_members_and_records_no_fault() {
     let mut cluster = GossipCluster::unconnected(1..=5);
-    cluster.node(1).protocol.roster.limit = 2;
+    cluster.node(1).protocol.membership.limit = 2;
     for number in 2..=5 {
         cluster.connect(1, number);
     }
@@ -245,7 +245,7 @@ fn a_member_that_moves_is_announced_again() {
     let (now, moved) = (cluster.now, ([10, 0, 9, 9], 4701).into());
     cluster.node(4).protocol.introduce(Credential::new("good 86400".into()), moved, moved, None, now);
     cluster.advance(seconds(1));
-    let known = cluster.nodes[&2].protocol.roster.get(id(4)).unwrap().introduction.clone().unwrap();
+    let known = cluster.nodes[&2].protocol.membership.get(id(4)).unwrap().introduction.clone().unwrap();
     let Profile { transfer, version, .. } = known.profile;
     assert_eq!((transfer, cluster.nodes[&2].inventory.peers().len()), (moved, 3));
     assert!(version > 1);
@@ -259,7 +259,7 @@ fn an_agent_with_too_many_neighbors_keeps_the_chosen_and_closes_the_rest() {
     cluster.advance(seconds(90));
     assert_eq!(cluster.up(1).len(), 59);
     let now = cluster.now;
-    let linked = cluster.nodes[&1].protocol.status(&cluster.nodes[&1].inventory, now).neighbors;
-    assert!(linked <= neighbor_choice::MAX_NEIGHBOURS, "{linked} neighbors");
+    let neighbors = cluster.nodes[&1].protocol.status(&cluster.nodes[&1].inventory, now).neighbors;
+    assert!(neighbors <= neighbor_choice::MAX_NEIGHBORS, "{neighbors} neighbors");
     assert!((1..=60).all(|number| cluster.up(number).len() == 59));
 }

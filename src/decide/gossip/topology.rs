@@ -22,40 +22,41 @@ impl<N: CredentialVerifier> Protocol<N> {
             self.choose_neighbors(now);
         }
         let me = self.local.peer;
-        let mut tries = self.roster.watched().filter(|member| member.connections.is_dialing()).count();
+        let mut dials = self.membership.watched().filter(|member| member.connections.is_dialing()).count();
         // A member that this agent suspects counts again only after its answer to this agent.
-        let is_missed = |member: &&Member| {
+        let is_suspected = |member: &&Member| {
             !member.is_dead() && member.suspected_by.contains(&me) && member.has_valid_credential(now)
         };
-        let missed = self.roster.watched().filter(is_missed).map(|member| member.peer.id);
-        for peer in self.chosen_neighbors.iter().copied().chain(missed).collect::<Vec<_>>() {
-            if tries >= MAX_DIALS {
+        let suspected = self.membership.watched().filter(is_suspected).map(|member| member.peer.id);
+        for peer in self.chosen_neighbors.iter().copied().chain(suspected).collect::<Vec<_>>() {
+            if dials >= MAX_DIALS {
                 break;
             }
-            tries += usize::from(self.dial_if_allowed(peer, now));
+            dials += usize::from(self.dial_if_allowed(peer, now));
         }
         if self.dead_probe_at <= now {
             self.dead_probe_at = now + DEAD_PROBE_INTERVAL.mul_f64(0.8 + 0.2 * self.jitter());
-            let down = |member: &&Member| {
+            let is_probeable = |member: &&Member| {
                 member.is_dead() && member.has_valid_credential(now) && member.connections.may_dial(now)
             };
-            let count = self.roster.members.values().filter(down).count();
+            let count = self.membership.members.values().filter(is_probeable).count();
             if count > 0 {
                 let nth = (self.jitter() * count as f64) as usize;
-                let found = self.roster.members.values().filter(down).nth(nth).map(|member| member.peer.id);
-                found.map(|peer| self.dial_if_allowed(peer, now));
+                let chosen =
+                    self.membership.members.values().filter(is_probeable).nth(nth).map(|member| member.peer.id);
+                chosen.map(|peer| self.dial_if_allowed(peer, now));
             }
             self.thin_out();
         }
     }
 
     pub(super) fn may_dial_more(&self) -> bool {
-        self.roster.watched().filter(|member| member.connections.is_dialing()).count() < MAX_DIALS
+        self.membership.watched().filter(|member| member.connections.is_dialing()).count() < MAX_DIALS
     }
 
     /// Starts a dial, or the handshake before the first dial, if permitted now. True when started.
     pub(super) fn dial_if_allowed(&mut self, peer: PeerId, now: Instant) -> bool {
-        let Some(member) = self.roster.get_mut(peer) else { return false };
+        let Some(member) = self.membership.get_mut(peer) else { return false };
         if !member.connections.may_dial(now) || member.score.is_banned(now) {
             return false;
         }
@@ -65,33 +66,33 @@ impl<N: CredentialVerifier> Protocol<N> {
             false => Output::Handshake(member.peer.clone()),
         };
         self.push_output(output);
-        self.roster.watch(peer);
+        self.membership.watch(peer);
         true
     }
 
     fn choose_neighbors(&mut self, now: Instant) {
         let zone = self.presence.as_ref().and_then(|presence| presence.zone.as_ref());
-        let fit = |member: &&Member| {
+        let is_candidate = |member: &&Member| {
             !member.is_dead()
                 && !member.score.is_banned(now)
                 && member.connections.failed_dials() < MAX_FAILED_DIALS
                 && (member.has_valid_credential(now) || member.is_admitted(now))
         };
-        let members = self.roster.members.iter();
+        let members = self.membership.members.iter();
         let candidates =
-            members.filter(|(_, member)| fit(member)).map(|(peer, member)| (*peer, member.peer.zone.as_ref()));
+            members.filter(|(_, member)| is_candidate(member)).map(|(peer, member)| (*peer, member.peer.zone.as_ref()));
         self.chosen_neighbors = neighbor_choice::choose(self.salt, zone, candidates);
     }
 
     /// Closes excess connections, which the first agents of a cluster have. Members that this agent
     /// did not choose get a notice of the close, and have met other members by now.
     fn thin_out(&mut self) {
-        let linked: Vec<_> = self.roster.neighbors().map(|member| member.peer.id).collect();
-        if linked.len() <= neighbor_choice::MAX_NEIGHBOURS {
+        let neighbors: Vec<_> = self.membership.neighbors().map(|member| member.peer.id).collect();
+        if neighbors.len() <= neighbor_choice::MAX_NEIGHBORS {
             return;
         }
-        let excess = linked.len() - neighbor_choice::NEIGHBOURS_AFTER_THINNING;
-        let unchosen = linked.into_iter().filter(|peer| !self.chosen_neighbors.contains(peer));
+        let excess = neighbors.len() - neighbor_choice::NEIGHBORS_AFTER_THINNING;
+        let unchosen = neighbors.into_iter().filter(|peer| !self.chosen_neighbors.contains(peer));
         for peer in unchosen.choose_multiple(&mut self.rng, excess) {
             self.send_request(peer, SyncRequest::Disconnect);
         }

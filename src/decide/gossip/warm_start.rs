@@ -15,13 +15,13 @@ impl<N: CredentialVerifier> Protocol<N> {
     /// Copies the other agent's introduction and the position of its log, as if this agent had
     /// received all of the other's gossip. The caller puts the other's items into the inventory.
     /// Does nothing before the other has an introduction and a published log.
-    pub fn copy_log_position(&mut self, other: &Self, table: &mut Inventory, now: Instant) {
+    pub fn copy_log_position(&mut self, other: &Self, inventory: &mut Inventory, now: Instant) {
         let (Some(introduction), Some(head)) = (&other.introduction, other.log.head()) else { return };
-        let _ = self.receive_introduction(introduction.clone(), table, now);
-        if let Some(member) = self.roster.get_mut(other.local.peer) {
+        let _ = self.receive_introduction(introduction.clone(), inventory, now);
+        if let Some(member) = self.membership.get_mut(other.local.peer) {
             // No entry was buffered before.
             let _ = member.log.replace(head.clone(), false);
         }
-        self.roster.update_bucket(other.local.peer);
+        self.membership.update_bucket(other.local.peer);
     }
 }

@@ -12,7 +12,7 @@ use crate::oci::{Digest, Repository};
 #[derive(Debug, Clone, Default)]
 pub(super) struct Content {
     blobs: HashMap<Digest, Providers>,
-    names: BTreeMap<Name, Providers>,
+    records: BTreeMap<RecordKey, Providers>,
     /// Each node has its own start of an outage, so one registry may have several entries.
     outages: BTreeMap<Outage, Providers>,
     /// Blobs that peers are downloading.
@@ -20,12 +20,12 @@ pub(super) struct Content {
 }
 
 /// In this order, all names of one image in one repository are neighbors in the tree.
-type Name = (Repository, Digest, Option<String>);
+type RecordKey = (Repository, Digest, Option<String>);
 
 impl Content {
     /// The number of different items.
     pub(super) fn len(&self) -> usize {
-        self.blobs.len() + self.names.len() + self.outages.len() + self.partial.len()
+        self.blobs.len() + self.records.len() + self.outages.len() + self.partial.len()
     }
 
     pub(super) fn blobs(&self) -> impl Iterator<Item = &Providers> {
@@ -42,17 +42,17 @@ impl Content {
     }
 
     /// The peers of every name that an image has in this repository.
-    pub(super) fn names_of(&self, repository: &Repository, root: Digest) -> impl Iterator<Item = &Providers> {
-        let names = self.names.range((repository.clone(), root, None)..);
-        names.take_while(move |((r, d, _), _)| r == repository && *d == root).map(|(_, providers)| providers)
+    pub(super) fn records_of(&self, repository: &Repository, image: Digest) -> impl Iterator<Item = &Providers> {
+        let records = self.records.range((repository.clone(), image, None)..);
+        records.take_while(move |((r, d, _), _)| r == repository && *d == image).map(|(_, providers)| providers)
     }
 
     /// The digests that the tag has in this repository, with the peers of each.
     pub(super) fn tagged(&self, repository: &Repository, tag: &str) -> impl Iterator<Item = (Digest, &Providers)> {
-        let names = self.names.range((repository.clone(), Digest::from_bytes([0; 32]), None)..);
-        let of_repository = names.take_while(move |((r, ..), _)| r == repository);
+        let records = self.records.range((repository.clone(), Digest::from_bytes([0; 32]), None)..);
+        let of_repository = records.take_while(move |((r, ..), _)| r == repository);
         of_repository
-            .filter(move |((_, _, named), _)| named.as_deref() == Some(tag))
+            .filter(move |((_, _, record_tag), _)| record_tag.as_deref() == Some(tag))
             .map(|((_, digest, _), providers)| (*digest, providers))
     }
 
@@ -69,7 +69,7 @@ impl Content {
     pub(super) fn insert(&mut self, number: PeerNumber, item: InventoryItem) -> bool {
         let providers = match item {
             InventoryItem::Blob(digest) => self.blobs.entry(digest).or_default(),
-            InventoryItem::Image(repository, tag, digest) => self.names.entry((repository, digest, tag)).or_default(),
+            InventoryItem::Image(repository, tag, digest) => self.records.entry((repository, digest, tag)).or_default(),
             InventoryItem::Outage(outage) => self.outages.entry(outage).or_default(),
             InventoryItem::Fetching(digest) => self.partial.entry(digest).or_default(),
         };
@@ -88,7 +88,7 @@ impl Content {
                 removed
             }
             InventoryItem::Image(repository, tag, digest) => {
-                remove(&mut self.names, &(repository, digest, tag), number)
+                remove(&mut self.records, &(repository, digest, tag), number)
             }
             InventoryItem::Outage(outage) => remove(&mut self.outages, &outage, number),
             InventoryItem::Fetching(digest) => remove(&mut self.partial, &digest, number),
@@ -99,7 +99,7 @@ impl Content {
         let providers = match item {
             InventoryItem::Blob(digest) => self.blobs.get(digest),
             InventoryItem::Image(repository, tag, digest) => {
-                self.names.get(&(repository.clone(), *digest, tag.clone()))
+                self.records.get(&(repository.clone(), *digest, tag.clone()))
             }
             InventoryItem::Outage(outage) => self.outages.get(outage),
             InventoryItem::Fetching(digest) => self.partial.get(digest),
@@ -111,7 +111,7 @@ impl Content {
     pub(super) fn clear(&mut self, number: PeerNumber) {
         let without = |providers: &mut Providers| !providers.remove(number) || !providers.is_empty();
         self.blobs.retain(|_, providers| without(providers));
-        self.names.retain(|_, providers| without(providers));
+        self.records.retain(|_, providers| without(providers));
         self.outages.retain(|_, providers| without(providers));
         self.partial.retain(|_, providers| without(providers));
         // A peer with very many items leaves a large table, which shrinks here.
@@ -125,13 +125,13 @@ impl Content {
         let blobs = self.blobs.iter().filter_map(|(digest, providers)| Some((*digest, chosen(providers)?)));
         let mut blobs: Vec<_> = blobs.collect();
         blobs.sort_unstable_by_key(|(digest, _)| *digest);
-        let names = self.names.iter().filter_map(|(name, providers)| Some((name, chosen(providers)?)));
-        let mut names: Vec<_> = names.collect();
-        names.sort_unstable_by(|((r, d, t), _), ((repository, digest, tag), _)| {
+        let records = self.records.iter().filter_map(|(name, providers)| Some((name, chosen(providers)?)));
+        let mut records: Vec<_> = records.collect();
+        records.sort_unstable_by(|((r, d, t), _), ((repository, digest, tag), _)| {
             (r, t, d).cmp(&(repository, tag, digest))
         });
         let mut items: Vec<_> = blobs.into_iter().map(|(digest, found)| (InventoryItem::Blob(digest), found)).collect();
-        items.extend(names.into_iter().map(|((repository, digest, tag), found)| {
+        items.extend(records.into_iter().map(|((repository, digest, tag), found)| {
             (InventoryItem::Image(repository.clone(), tag.clone(), *digest), found)
         }));
         let outages = self.outages.iter().filter_map(|(outage, providers)| Some((outage, chosen(providers)?)));
@@ -143,23 +143,23 @@ impl Content {
 
     /// Estimated bytes on the heap.
     pub(super) fn bytes(&self) -> usize {
-        let sets = self.blobs.values().chain(self.names.values()).chain(self.outages.values());
+        let sets = self.blobs.values().chain(self.records.values()).chain(self.outages.values());
         let sets = sets.chain(self.partial.values());
-        let names = self.names.keys().map(|(repository, _, tag)| {
+        let record_texts = self.records.keys().map(|(repository, _, tag)| {
             repository.registry.len() + repository.path.len() + tag.as_ref().map_or(0, String::len)
         });
-        let texts = names.chain(self.outages.keys().map(|outage| outage.registry.len()));
-        let trees = tree_bytes(&self.names) + tree_bytes(&self.outages) + tree_bytes(&self.partial);
+        let texts = record_texts.chain(self.outages.keys().map(|outage| outage.registry.len()));
+        let trees = tree_bytes(&self.records) + tree_bytes(&self.outages) + tree_bytes(&self.partial);
         let tables = hash_table_bytes(&self.blobs) + trees;
         tables + sets.map(Providers::bytes).sum::<usize>() + texts.sum::<usize>()
     }
 }
 
-fn remove<K: Ord>(held: &mut BTreeMap<K, Providers>, key: &K, number: PeerNumber) -> bool {
-    let Some(providers) = held.get_mut(key) else { return false };
+fn remove<K: Ord>(map: &mut BTreeMap<K, Providers>, key: &K, number: PeerNumber) -> bool {
+    let Some(providers) = map.get_mut(key) else { return false };
     let removed = providers.remove(number);
     if providers.is_empty() {
-        held.remove(key);
+        map.remove(key);
     }
     removed
 }

@@ -92,21 +92,21 @@ impl Providers {
     /// False when the number was there.
     pub(super) fn insert(&mut self, number: PeerNumber) -> bool {
         match self {
-            Self::Few(list) => {
-                let Err(at) = list.binary_search(&number) else { return false };
-                let last = list.last().map_or(number, |last| number.max(*last));
-                if (list.len() + 1) * size_of::<PeerNumber>() > (word_and_bit(last).0 + 1) * size_of::<u64>() {
+            Self::Few(numbers) => {
+                let Err(at) = numbers.binary_search(&number) else { return false };
+                let last = numbers.last().map_or(number, |last| number.max(*last));
+                if (numbers.len() + 1) * size_of::<PeerNumber>() > (word_and_bit(last).0 + 1) * size_of::<u64>() {
                     let mut many = Bitmap::default();
                     // The highest number first, so the bitmap grows once.
                     many.extend([last, number]);
-                    many.extend(list.drain(..));
+                    many.extend(numbers.drain(..));
                     *self = Self::Many(many);
                 } else {
-                    if list.len() == list.capacity() {
+                    if numbers.len() == numbers.capacity() {
                         // Most lists do not grow much further.
-                        list.reserve_exact(2 + list.len() / 8);
+                        numbers.reserve_exact(2 + numbers.len() / 8);
                     }
-                    list.insert(at, number);
+                    numbers.insert(at, number);
                 }
                 true
             }
@@ -124,9 +124,9 @@ impl Providers {
     /// False when the number was not there.
     pub(super) fn remove(&mut self, number: PeerNumber) -> bool {
         match self {
-            Self::Few(list) => {
-                let Ok(at) = list.binary_search(&number) else { return false };
-                list.remove(at);
+            Self::Few(numbers) => {
+                let Ok(at) = numbers.binary_search(&number) else { return false };
+                numbers.remove(at);
                 true
             }
             Self::Many(bitmap) => {
@@ -151,14 +151,14 @@ impl Providers {
 
     pub(super) fn contains(&self, number: PeerNumber) -> bool {
         match self {
-            Self::Few(list) => list.binary_search(&number).is_ok(),
+            Self::Few(numbers) => numbers.binary_search(&number).is_ok(),
             Self::Many(bitmap) => bitmap.contains(number),
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
         match self {
-            Self::Few(list) => list.is_empty(),
+            Self::Few(numbers) => numbers.is_empty(),
             Self::Many(bitmap) => bitmap.0.is_empty(),
         }
     }
@@ -166,7 +166,7 @@ impl Providers {
     /// The numbers that are also in `mask`, in ascending order.
     pub(super) fn within<'a>(&'a self, mask: &'a Bitmap) -> impl Iterator<Item = PeerNumber> + 'a {
         let (few, many) = match self {
-            Self::Few(list) => (list.as_slice(), None),
+            Self::Few(numbers) => (numbers.as_slice(), None),
             Self::Many(bitmap) => (Default::default(), Some(bitmap)),
         };
         let few = few.iter().copied().filter(|number| mask.contains(*number));
@@ -175,7 +175,7 @@ impl Providers {
 
     pub(super) fn bytes(&self) -> usize {
         match self {
-            Self::Few(list) => list.capacity() * size_of::<PeerNumber>(),
+            Self::Few(numbers) => numbers.capacity() * size_of::<PeerNumber>(),
             Self::Many(bitmap) => bitmap.bytes(),
         }
     }

@@ -38,9 +38,9 @@ fn outage(registry: &str, since: u64) -> InventoryItem {
     InventoryItem::Outage(Outage { registry: registry.into(), kind: OutageKind::TimedOut, since })
 }
 
-fn inventory(of: impl IntoIterator<Item = (u8, Vec<InventoryItem>)>) -> Inventory {
+fn inventory(contents: impl IntoIterator<Item = (u8, Vec<InventoryItem>)>) -> Inventory {
     let mut inventory = Inventory::default();
-    for (number, items) in of {
+    for (number, items) in contents {
         inventory.apply(MeshEvent::Up(peer(number)));
         inventory.apply(MeshEvent::Snapshot(id(number), items));
     }
@@ -63,22 +63,22 @@ fn a_blob_has_the_providers_that_announced_the_blob() {
 
 #[test]
 fn an_image_provider_has_the_blob_and_a_record_in_the_same_repository() {
-    let root = blob("index");
+    let image = blob("index");
     let inventory = inventory([
-        (1, vec![InventoryItem::Blob(root), tagged("team/app", "v1", root)]),
-        (2, vec![InventoryItem::Blob(root), tagged("other/app", "v1", root)]),
-        (3, vec![tagged("team/app", "v1", root)]),
-        (4, vec![InventoryItem::Blob(root), InventoryItem::Image(repository("team/app"), None, root)]),
-        (5, vec![InventoryItem::Blob(root), tagged("team/app", "v1", blob("another"))]),
+        (1, vec![InventoryItem::Blob(image), tagged("team/app", "v1", image)]),
+        (2, vec![InventoryItem::Blob(image), tagged("other/app", "v1", image)]),
+        (3, vec![tagged("team/app", "v1", image)]),
+        (4, vec![InventoryItem::Blob(image), InventoryItem::Image(repository("team/app"), None, image)]),
+        (5, vec![InventoryItem::Blob(image), tagged("team/app", "v1", blob("another"))]),
     ]);
-    assert_eq!(inventory.image_providers(&repository("team/app"), root), [id(1), id(4)]);
-    assert_eq!(inventory.image_providers(&repository("other/app"), root), [id(2)]);
+    assert_eq!(inventory.image_providers(&repository("team/app"), image), [id(1), id(4)]);
+    assert_eq!(inventory.image_providers(&repository("other/app"), image), [id(2)]);
     let elsewhere = Repository { registry: "invented.test".into(), path: "team/app".into() };
-    assert_eq!(inventory.image_providers(&elsewhere, root), [], "an invented registry has no provider");
+    assert_eq!(inventory.image_providers(&elsewhere, image), [], "an invented registry has no provider");
 }
 
 #[test]
-fn a_tag_that_peers_disagree_about_shows_every_side() {
+fn a_tag_that_peers_disagree_about_has_every_digest() {
     let (old, new) = (blob("old"), blob("new"));
     let inventory = inventory([
         (1, vec![InventoryItem::Blob(new), tagged("app", "v1", new)]),
@@ -86,8 +86,8 @@ fn a_tag_that_peers_disagree_about_shows_every_side() {
         (3, vec![InventoryItem::Blob(old), tagged("app", "v1", old)]),
         (4, vec![tagged("app", "v1", blob("absent from the peer that names it"))]),
     ]);
-    let sides = inventory.tag(&repository("app"), "v1");
-    assert_eq!(sides, BTreeMap::from([(new, vec![id(1), id(2)]), (old, vec![id(3)])]));
+    let digests = inventory.tag(&repository("app"), "v1");
+    assert_eq!(digests, BTreeMap::from([(new, vec![id(1), id(2)]), (old, vec![id(3)])]));
     assert!(inventory.tag(&repository("app"), "v2").is_empty());
 }
 
@@ -140,7 +140,7 @@ fn a_peer_that_moves_keeps_its_content() {
 }
 
 #[test]
-fn no_peer_makes_us_keep_more_than_the_limit() {
+fn a_peer_has_at_most_the_maximum_number_of_items() {
     let numbered = |number: usize| InventoryItem::Blob(Digest::of(&number.to_le_bytes()));
     let mut inventory = inventory([(1, (0..MAX_ITEMS).map(numbered).collect())]);
     let more = [numbered(0), numbered(MAX_ITEMS), tagged("app", "v1", blob("a"))].map(InventoryChange::Added).to_vec();
@@ -236,7 +236,7 @@ fn any_step() -> impl Strategy<Value = InventoryStep> {
 /// The inventory in the plainest form: a set of items per peer, and the peers that are up.
 #[derive(Default)]
 struct PlainInventory {
-    held: BTreeMap<PeerId, BTreeSet<InventoryItem>>,
+    items: BTreeMap<PeerId, BTreeSet<InventoryItem>>,
     up: BTreeSet<PeerId>,
 }
 
@@ -251,33 +251,33 @@ impl PlainInventory {
             }
             InventoryStep::Forget(number) => {
                 self.up.remove(&id(number));
-                self.held.remove(&id(number));
+                self.items.remove(&id(number));
             }
-            InventoryStep::Replace(number, items) => drop(self.held.insert(id(number), items.into_iter().collect())),
+            InventoryStep::Replace(number, items) => drop(self.items.insert(id(number), items.into_iter().collect())),
             InventoryStep::Change(number, changes) => {
-                let held = self.held.entry(id(number)).or_default();
+                let items = self.items.entry(id(number)).or_default();
                 for change in changes {
                     match change {
-                        InventoryChange::Added(item) => held.insert(item),
-                        InventoryChange::Removed(item) => held.remove(&item),
+                        InventoryChange::Added(item) => items.insert(item),
+                        InventoryChange::Removed(item) => items.remove(&item),
                     };
                 }
             }
         }
     }
 
-    fn holds(&self, peer: PeerId, item: &InventoryItem) -> bool {
-        self.held.get(&peer).is_some_and(|held| held.contains(item))
+    fn has(&self, peer: PeerId, item: &InventoryItem) -> bool {
+        self.items.get(&peer).is_some_and(|items| items.contains(item))
     }
 
     /// The peers that are up and meet the condition.
-    fn up_peers_where(&self, holds: impl Fn(PeerId) -> bool) -> BTreeSet<PeerId> {
-        self.up.iter().copied().filter(|peer| holds(*peer)).collect()
+    fn up_peers_where(&self, is_counted: impl Fn(PeerId) -> bool) -> BTreeSet<PeerId> {
+        self.up.iter().copied().filter(|peer| is_counted(*peer)).collect()
     }
 
     fn all(&self, counting: impl Fn(&PeerId) -> bool) -> BTreeSet<InventoryItem> {
-        let held = self.held.iter().filter(|(peer, _)| counting(peer));
-        held.flat_map(|(_, items)| items.iter().cloned()).collect()
+        let counted = self.items.iter().filter(|(peer, _)| counting(peer));
+        counted.flat_map(|(_, items)| items.iter().cloned()).collect()
     }
 }
 
@@ -292,27 +292,28 @@ fn assert_same_answers(inventory: &Inventory, plain: &PlainInventory) {
     let digests = [0u8, 1, 2].map(|digest| Digest::of(&[digest]));
     for digest in digests {
         let blob = InventoryItem::Blob(digest);
-        assert_eq!(set(inventory.blob_providers(digest)), plain.up_peers_where(|peer| plain.holds(peer, &blob)));
+        assert_eq!(set(inventory.blob_providers(digest)), plain.up_peers_where(|peer| plain.has(peer, &blob)));
         for named in ["app-0", "app-1"].map(repository) {
             let names = [None, Some("v0"), Some("v1")]
                 .map(|tag| InventoryItem::Image(named.clone(), tag.map(str::to_owned), digest));
-            let knows = |peer| plain.holds(peer, &blob) && names.iter().any(|name| plain.holds(peer, name));
-            assert_eq!(set(inventory.image_providers(&named, digest)), plain.up_peers_where(knows));
+            let is_provider = |peer| plain.has(peer, &blob) && names.iter().any(|name| plain.has(peer, name));
+            assert_eq!(set(inventory.image_providers(&named, digest)), plain.up_peers_where(is_provider));
             for (tag, name) in ["v0", "v1"].into_iter().zip(&names[1..]) {
-                let side = inventory.tag(&named, tag).remove(&digest);
-                let voices = plain.up_peers_where(|peer| plain.holds(peer, &blob) && plain.holds(peer, name));
-                assert_eq!(side.map(set), (!voices.is_empty()).then_some(voices));
+                let peers = inventory.tag(&named, tag).remove(&digest);
+                let providers = plain.up_peers_where(|peer| plain.has(peer, &blob) && plain.has(peer, name));
+                assert_eq!(peers.map(set), (!providers.is_empty()).then_some(providers));
             }
         }
     }
     let counting = plain.all(|peer| plain.up.contains(peer));
     assert_eq!(inventory.blobs(), counting.iter().filter(|item| matches!(item, InventoryItem::Blob(_))).count());
     let outages: Vec<_> = counting.into_iter().filter(|item| matches!(item, InventoryItem::Outage(_))).collect();
-    let said = |(outage, peers): (&Outage, _)| (InventoryItem::Outage(outage.clone()), set(peers));
+    let reported = |(outage, peers): (&Outage, _)| (InventoryItem::Outage(outage.clone()), set(peers));
     let expected: Vec<_> =
-        outages.into_iter().map(|item| (item.clone(), plain.up_peers_where(|peer| plain.holds(peer, &item)))).collect();
-    assert_eq!(inventory.all_outages().map(said).collect::<Vec<_>>(), expected);
-    let of_each: Vec<_> = ["r-0.test", "r-1.test"].into_iter().flat_map(|r| inventory.outages(r)).map(said).collect();
+        outages.into_iter().map(|item| (item.clone(), plain.up_peers_where(|peer| plain.has(peer, &item)))).collect();
+    assert_eq!(inventory.all_outages().map(reported).collect::<Vec<_>>(), expected);
+    let of_each: Vec<_> =
+        ["r-0.test", "r-1.test"].into_iter().flat_map(|r| inventory.outages(r)).map(reported).collect();
     assert_eq!(of_each, expected);
 }
 
@@ -320,20 +321,24 @@ fn assert_same_content(inventory: &Inventory, plain: &PlainInventory) {
     let empty = BTreeSet::new();
     assert_eq!(set(inventory.peers().iter().map(|peer| peer.id).collect()), plain.up);
     for id in (0..PEERS).map(id) {
-        let held = plain.held.get(&id).unwrap_or(&empty);
+        let items = plain.items.get(&id).unwrap_or(&empty);
         let is_up = plain.up.contains(&id);
-        assert_eq!(inventory.items_of(id), if is_up { held.len() } else { 0 });
+        assert_eq!(inventory.items_of(id), if is_up { items.len() } else { 0 });
         assert_eq!(inventory.node_of(id).is_some(), is_up);
     }
     assert_eq!(inventory.items(), plain.all(|_| true).len());
-    let asked = [4, 2, 0, 5].map(id);
+    let requested = [4, 2, 0, 5].map(id);
     let bits = |item: &InventoryItem| {
-        let mut bits = Bits::none_of(asked.len());
-        asked.iter().enumerate().filter(|(_, peer)| plain.holds(**peer, item)).for_each(|(place, _)| bits.set(place));
+        let mut bits = Bits::none_of(requested.len());
+        requested
+            .iter()
+            .enumerate()
+            .filter(|(_, peer)| plain.has(**peer, item))
+            .for_each(|(position, _)| bits.set(position));
         bits
     };
-    let expected = plain.all(|peer| asked.contains(peer)).into_iter().map(|item| (item.clone(), bits(&item)));
-    assert_eq!(inventory.shared_items(&asked), expected.collect::<Vec<_>>());
+    let expected = plain.all(|peer| requested.contains(peer)).into_iter().map(|item| (item.clone(), bits(&item)));
+    assert_eq!(inventory.shared_items(&requested), expected.collect::<Vec<_>>());
 }
 
 proptest! {

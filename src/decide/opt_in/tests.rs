@@ -36,15 +36,15 @@ const RECOVER_ANNOTATION: (&str, &str) = ("lighterman.dev/recover", "true");
 const YES: OptIn = OptIn::Yes { on_denied: false, repositories: RepositoryList::Any };
 
 fn evaluate(policy: &OptInPolicy, pod: &PodView, namespace: &[(&str, &str)]) -> (OptIn, Vec<InvalidAnnotation>) {
-    let mut odd = Vec::new();
-    (policy.evaluate(pod, &map(&[]), &map(namespace), None, &mut odd), odd)
+    let mut invalid = Vec::new();
+    (policy.evaluate(pod, &map(&[]), &map(namespace), None, &mut invalid), invalid)
 }
 
 #[test]
 fn both_the_namespace_and_the_pod_must_opt_in_with_exactly_true() {
     let verdict = |namespace: &[(&str, &str)], annotations: &[(&str, &str)]| {
-        let (opt_in, odd) = evaluate(&policy(), &pod("shop", annotations), namespace);
-        (opt_in, odd.len())
+        let (opt_in, invalid) = evaluate(&policy(), &pod("shop", annotations), namespace);
+        (opt_in, invalid.len())
     };
     let no = OptIn::No(OptOutReason::NotOptedIn);
     assert_eq!(verdict(&[ALLOW_ANNOTATION], &[RECOVER_ANNOTATION]), (YES, 0));
@@ -165,7 +165,7 @@ fn a_namespace_may_list_repositories_and_a_policy_may_require_the_list() {
         &pod("shop", &[RECOVER_ANNOTATION]),
         namespace,
     ) {
-        (OptIn::Yes { repositories, .. }, odd) => (repositories, odd.len()),
+        (OptIn::Yes { repositories, .. }, invalid) => (repositories, invalid.len()),
         (other, _) => panic!("{other:?}"),
     };
     let strict = OptInPolicy { require_repositories: true, ..policy() };
@@ -185,12 +185,12 @@ fn a_namespace_may_list_repositories_and_a_policy_may_require_the_list() {
 
 #[test]
 fn a_pods_priority_is_its_annotations_or_its_classes() {
-    let mut odd = Vec::new();
-    let mut priority = |annotations: &[(&str, &str)]| policy().priority(&pod("shop", annotations), &mut odd);
+    let mut invalid = Vec::new();
+    let mut priority = |annotations: &[(&str, &str)]| policy().priority(&pod("shop", annotations), &mut invalid);
     assert_eq!(priority(&[]), 7);
     assert_eq!(priority(&[("lighterman.dev/priority", "-3")]), -3);
     assert_eq!(priority(&[("lighterman.dev/priority", "high")]), 7);
-    assert_eq!(odd, [InvalidAnnotation { key: "lighterman.dev/priority".into(), value: "high".into() }]);
+    assert_eq!(invalid, [InvalidAnnotation { key: "lighterman.dev/priority".into(), value: "high".into() }]);
 }
 
 #[test]

@@ -71,7 +71,7 @@ fn no_image_is_missing_while_the_template_is_not_known() {
 }
 
 #[test]
-fn the_current_and_the_next_image_are_protected_once_they_are_here() {
+fn the_current_and_the_next_image_are_protected_once_recorded() {
     let own = own(&[":v1"], Some(&[":v2"]));
     assert_eq!(protection_changes(&own, &images(&[":v1"]), &ours(&[])), [ProtectionChange::Protect(image(":v1"))]);
     let both = images(&[":v1", ":v2", ":v0"]);
@@ -81,21 +81,21 @@ fn the_current_and_the_next_image_are_protected_once_they_are_here() {
 
 #[test]
 fn an_image_that_neither_pod_nor_template_names_is_released() {
-    let (here, protected) = (images(&[":v1", ":v2"]), ours(&[":v1", ":v2"]));
+    let (recorded, protected) = (images(&[":v1", ":v2"]), ours(&[":v1", ":v2"]));
     assert_eq!(
-        protection_changes(&own(&[":v2"], Some(&[":v2"])), &here, &protected),
+        protection_changes(&own(&[":v2"], Some(&[":v2"])), &recorded, &protected),
         [ProtectionChange::Release(image(":v1"))]
     );
     // After a rollback the template names the first image again, and the pod still runs the second.
-    assert_eq!(protection_changes(&own(&[":v2"], Some(&[":v1"])), &here, &protected), []);
+    assert_eq!(protection_changes(&own(&[":v2"], Some(&[":v1"])), &recorded, &protected), []);
 }
 
 #[test]
 fn nothing_is_released_before_pod_and_template_are_known() {
-    let (here, protected) = (images(&[":v1", ":v2"]), ours(&[":v1", ":v2"]));
-    assert_eq!(protection_changes(&own(&[":v1"], None), &here, &protected), [], "the API server is down");
-    assert_eq!(protection_changes(&own(&[], Some(&[":v3"])), &here, &protected), [], "the pod was not seen yet");
-    assert_eq!(protection_changes(&own(&[], None), &here, &protected), []);
+    let (recorded, protected) = (images(&[":v1", ":v2"]), ours(&[":v1", ":v2"]));
+    assert_eq!(protection_changes(&own(&[":v1"], None), &recorded, &protected), [], "the API server is down");
+    assert_eq!(protection_changes(&own(&[], Some(&[":v3"])), &recorded, &protected), [], "the pod was not seen yet");
+    assert_eq!(protection_changes(&own(&[], None), &recorded, &protected), []);
 }
 
 #[test]

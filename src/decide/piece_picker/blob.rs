@@ -90,11 +90,11 @@ pub(super) struct ListedProvider {
 }
 
 impl BlobPicker {
-    pub(super) fn new(digest: Digest, cut: PieceLayout, salt: u64) -> Self {
-        let pieces = cut.piece_count();
+    pub(super) fn new(digest: Digest, layout: PieceLayout, salt: u64) -> Self {
+        let pieces = layout.piece_count();
         Self {
             digest,
-            layout: cut,
+            layout,
             present: PieceSet::none(pieces),
             missing: pieces,
             unassigned: PieceSet::all(pieces),
@@ -189,7 +189,7 @@ impl BlobPicker {
 
     /// The next end of a verification wait.
     pub(super) fn wake_at(&self, now: Instant) -> Option<Instant> {
-        let waits = self.selected.iter().filter_map(|link| self.verification_deadline(link.peer));
+        let waits = self.selected.iter().filter_map(|provider| self.verification_deadline(provider.peer));
         waits.filter(|until| self.missing > 0 && *until > now).min()
     }
 
@@ -199,9 +199,9 @@ impl BlobPicker {
     }
 
     pub(super) fn remove_request(&mut self, piece: u32) {
-        let askers = &mut self.request_counts[piece as usize];
-        *askers -= 1;
-        if *askers == 0 && !self.present.contains(piece) {
+        let count = &mut self.request_counts[piece as usize];
+        *count -= 1;
+        if *count == 0 && !self.present.contains(piece) {
             self.set_unassigned(piece, true);
         }
     }
@@ -213,11 +213,14 @@ impl BlobPicker {
         }
         let step = |count: &mut usize| if is_free { *count += 1 } else { *count -= 1 };
         step(&mut self.unassigned_count);
-        self.selected.iter_mut().filter(|link| link.has_piece(piece)).for_each(|link| step(&mut link.useful_count));
+        self.selected
+            .iter_mut()
+            .filter(|provider| provider.has_piece(piece))
+            .for_each(|provider| step(&mut provider.useful_count));
     }
 
     pub(super) fn selected_index(&self, peer: PeerIndex) -> Option<usize> {
-        self.selected.iter().position(|link| link.peer == peer)
+        self.selected.iter().position(|provider| provider.peer == peer)
     }
 
     pub(super) fn select(&mut self, peer: PeerIndex, is_far: bool) {
@@ -233,127 +236,128 @@ impl BlobPicker {
         });
     }
 
-    pub(super) fn deselect(&mut self, link: usize) -> SelectedProvider {
-        self.set_pieces(link, PieceSet::none(self.request_counts.len()));
-        self.selected.remove(link)
+    pub(super) fn deselect(&mut self, index: usize) -> SelectedProvider {
+        self.set_pieces(index, PieceSet::none(self.request_counts.len()));
+        self.selected.remove(index)
     }
 
-    pub(super) fn record_piece_map(&mut self, link: usize, word: &PieceMapUpdate) {
-        match word {
+    pub(super) fn record_piece_map(&mut self, index: usize, update: &PieceMapUpdate) {
+        match update {
             PieceMapUpdate::HaveAll => {
-                self.set_whole(link);
-                self.selected[link].is_followed = false;
-                self.selected[link].announced_whole = true;
+                self.set_whole(index);
+                self.selected[index].is_followed = false;
+                self.selected[index].announced_whole = true;
             }
             PieceMapUpdate::Map(bits) => {
-                let mut held = PieceSet::none(self.request_counts.len());
+                let mut announced = PieceSet::none(self.request_counts.len());
                 // `insert` drops pieces beyond the end, and the loop reads no more bytes than the
                 // blob has pieces.
                 let bits = bits.0.iter().take(self.request_counts.len().div_ceil(8)).enumerate();
-                for (place, byte) in bits {
+                for (byte_index, byte) in bits {
                     (0..8).filter(|bit| byte & 1 << bit != 0).for_each(|bit| {
-                        held.insert(place as u32 * 8 + bit);
+                        announced.insert(byte_index as u32 * 8 + bit);
                     });
                 }
-                self.set_pieces(link, held);
+                self.set_pieces(index, announced);
             }
             PieceMapUpdate::Have(pieces) => {
-                pieces.iter().take(MAX_HAVE_PIECES).for_each(|piece| self.add_piece(link, *piece))
+                pieces.iter().take(MAX_HAVE_PIECES).for_each(|piece| self.add_piece(index, *piece))
             }
         }
     }
 
-    pub(super) fn set_whole(&mut self, place: usize) {
-        self.clear_pieces(place);
-        let link = &mut self.selected[place];
-        (link.is_whole, link.useful_count) = (true, self.unassigned_count);
-        self.near_whole += usize::from(link.is_near());
+    pub(super) fn set_whole(&mut self, index: usize) {
+        self.clear_pieces(index);
+        let provider = &mut self.selected[index];
+        (provider.is_whole, provider.useful_count) = (true, self.unassigned_count);
+        self.near_whole += usize::from(provider.is_near());
     }
 
-    pub(super) fn clear_pieces(&mut self, place: usize) {
-        self.set_pieces(place, PieceSet::none(self.request_counts.len()));
+    pub(super) fn clear_pieces(&mut self, index: usize) {
+        self.set_pieces(index, PieceSet::none(self.request_counts.len()));
     }
 
-    fn set_pieces(&mut self, place: usize, held: PieceSet) {
-        self.count_availability(place, false);
-        let link = &mut self.selected[place];
-        (link.is_whole, link.useful_count) = (false, held.and(&self.unassigned).count());
-        link.pieces = held;
-        self.count_availability(place, true);
+    fn set_pieces(&mut self, index: usize, pieces: PieceSet) {
+        self.count_availability(index, false);
+        let provider = &mut self.selected[index];
+        (provider.is_whole, provider.useful_count) = (false, pieces.and(&self.unassigned).count());
+        provider.pieces = pieces;
+        self.count_availability(index, true);
     }
 
     /// Adds a provider's pieces to the availability counts, or subtracts them.
-    fn count_availability(&mut self, place: usize, is_more: bool) {
-        let Self { selected: links, availability: counts, near_availability: near_counts, near_whole, .. } = self;
-        let link = &links[place];
+    fn count_availability(&mut self, index: usize, is_more: bool) {
+        let Self { selected: providers, availability: counts, near_availability: near_counts, near_whole, .. } = self;
+        let provider = &providers[index];
         let step = |count: &mut u16| if is_more { *count += 1 } else { *count -= 1 };
-        link.pieces.iter().for_each(|piece| step(&mut counts[piece as usize]));
-        if !link.is_near() {
+        provider.pieces.iter().for_each(|piece| step(&mut counts[piece as usize]));
+        if !provider.is_near() {
             return;
         }
-        link.pieces.iter().for_each(|piece| step(&mut near_counts[piece as usize]));
-        if link.is_whole && is_more {
+        provider.pieces.iter().for_each(|piece| step(&mut near_counts[piece as usize]));
+        if provider.is_whole && is_more {
             *near_whole += 1;
-        } else if link.is_whole {
+        } else if provider.is_whole {
             *near_whole -= 1;
         }
     }
 
-    pub(super) fn set_unproductive(&mut self, place: usize, is_vain: bool) {
-        if self.selected[place].is_unproductive != is_vain {
-            self.count_availability(place, false);
-            self.selected[place].is_unproductive = is_vain;
-            self.count_availability(place, true);
+    pub(super) fn set_unproductive(&mut self, index: usize, is_unproductive: bool) {
+        if self.selected[index].is_unproductive != is_unproductive {
+            self.count_availability(index, false);
+            self.selected[index].is_unproductive = is_unproductive;
+            self.count_availability(index, true);
         }
     }
 
-    fn add_piece(&mut self, place: usize, piece: u32) {
-        let link = &mut self.selected[place];
-        if link.is_whole || !link.pieces.insert(piece) {
+    fn add_piece(&mut self, index: usize, piece: u32) {
+        let provider = &mut self.selected[index];
+        if provider.is_whole || !provider.pieces.insert(piece) {
             return;
         }
-        link.useful_count += usize::from(self.unassigned.contains(piece));
+        provider.useful_count += usize::from(self.unassigned.contains(piece));
         self.availability[piece as usize] += 1;
-        self.near_availability[piece as usize] += u16::from(link.is_near());
+        self.near_availability[piece as usize] += u16::from(provider.is_near());
     }
 
     /// For a provider that announced the piece and did not send the piece.
-    pub(super) fn remove_piece(&mut self, place: usize, piece: u32) {
-        let link = &mut self.selected[place];
-        if link.is_whole || !link.pieces.remove(piece) {
+    pub(super) fn remove_piece(&mut self, index: usize, piece: u32) {
+        let provider = &mut self.selected[index];
+        if provider.is_whole || !provider.pieces.remove(piece) {
             return;
         }
-        link.useful_count -= usize::from(self.unassigned.contains(piece));
+        provider.useful_count -= usize::from(self.unassigned.contains(piece));
         self.availability[piece as usize] -= 1;
-        self.near_availability[piece as usize] -= u16::from(link.is_near());
+        self.near_availability[piece as usize] -= u16::from(provider.is_near());
     }
 
     /// Whether the provider has the piece. Pieces of our own zone's providers are not fetched from
     /// another zone.
-    pub(super) fn may_provide(&self, link: &SelectedProvider, piece: u32) -> bool {
-        link.has_piece(piece) && !(link.is_far && (self.near_whole > 0 || self.near_availability[piece as usize] > 0))
+    pub(super) fn may_provide(&self, provider: &SelectedProvider, piece: u32) -> bool {
+        provider.has_piece(piece)
+            && !(provider.is_far && (self.near_whole > 0 || self.near_availability[piece as usize] > 0))
     }
 
     /// At most `most` unassigned pieces of this provider: the tail, then the rarest.
-    pub(super) fn rarest(&self, link: usize, most: usize) -> Vec<u32> {
-        let link = &self.selected[link];
-        if link.is_far && self.near_whole > 0 {
+    pub(super) fn rarest(&self, index: usize, limit: usize) -> Vec<u32> {
+        let provider = &self.selected[index];
+        if provider.is_far && self.near_whole > 0 {
             return Vec::new();
         }
-        let of_partial = (!link.is_whole).then(|| self.unassigned.and(&link.pieces)).into_iter().flatten();
-        let of_whole = link.is_whole.then(|| self.unassigned.iter()).into_iter().flatten();
-        let fits = |piece: &u32| !link.is_far || self.near_availability[*piece as usize] == 0;
+        let of_partial = (!provider.is_whole).then(|| self.unassigned.and(&provider.pieces)).into_iter().flatten();
+        let of_whole = provider.is_whole.then(|| self.unassigned.iter()).into_iter().flatten();
+        let fits = |piece: &u32| !provider.is_far || self.near_availability[*piece as usize] == 0;
         let mut keys: Vec<_> =
-            of_partial.chain(of_whole).filter(fits).map(|piece| self.priority_key(piece, link.is_far)).collect();
-        if !self.has_hash_chain && !self.is_verified(link.peer) {
+            of_partial.chain(of_whole).filter(fits).map(|piece| self.priority_key(piece, provider.is_far)).collect();
+        if !self.has_hash_chain && !self.is_verified(provider.peer) {
             // A hash chain under construction reaches the piece with the lowest number first. The
             // other pieces leave a whole provider the choice of a piece that it has sent less
             // often.
             keys.iter_mut().min_by_key(|key| **key as u32).into_iter().for_each(|key| *key = u64::from(*key as u32));
         }
-        if keys.len() > most {
-            keys.select_nth_unstable(most);
-            keys.truncate(most);
+        if keys.len() > limit {
+            keys.select_nth_unstable(limit);
+            keys.truncate(limit);
         }
         keys.sort_unstable();
         keys.into_iter().map(|key| key as u32).collect()
@@ -361,12 +365,12 @@ impl BlobPicker {
 
     /// Unassigned pieces that no other provider of our zone has. Reserving them takes no work from
     /// another provider of the zone.
-    pub(super) fn sole_count(&self, link: usize) -> usize {
-        let link = &self.selected[link];
-        if link.is_whole || link.is_far || self.near_whole > 0 {
+    pub(super) fn sole_count(&self, index: usize) -> usize {
+        let provider = &self.selected[index];
+        if provider.is_whole || provider.is_far || self.near_whole > 0 {
             return 0;
         }
-        self.unassigned.and(&link.pieces).filter(|piece| self.near_availability[*piece as usize] == 1).count()
+        self.unassigned.and(&provider.pieces).filter(|piece| self.near_availability[*piece as usize] == 1).count()
     }
 
     /// The lowest key is wanted most. The lower 32 bits are the piece; above them stand 18 bits of
@@ -385,8 +389,8 @@ impl BlobPicker {
     }
 
     /// Whether the tail is unassigned and may come from this provider.
-    pub(super) fn has_unassigned_tail(&self, link: &SelectedProvider) -> bool {
-        self.unassigned.contains(self.tail()) && self.may_provide(link, self.tail())
+    pub(super) fn has_unassigned_tail(&self, provider: &SelectedProvider) -> bool {
+        self.unassigned.contains(self.tail()) && self.may_provide(provider, self.tail())
     }
 }
 

@@ -100,8 +100,8 @@ impl PeerRecords {
 
     /// The next end of a back-off or an exclusion.
     pub(super) fn wake_at(&self, now: Instant) -> Option<Instant> {
-        let untils = self.all.iter().flat_map(|peer| [peer.back_off_until, peer.excluded_until]);
-        untils.flatten().filter(|until| *until > now).min()
+        let deadlines = self.all.iter().flat_map(|peer| [peer.back_off_until, peer.excluded_until]);
+        deadlines.flatten().filter(|until| *until > now).min()
     }
 }
 
@@ -172,8 +172,8 @@ impl PeerRecord {
         if self.gaps_seen.is_multiple_of(MIN_GAPS) {
             let mut gaps = self.gaps;
             let seen = &mut gaps[..self.gaps_seen.min(GAPS)];
-            let place = seen.len() * 95 / 100;
-            let gap = *seen.select_nth_unstable(place).1;
+            let percentile_index = seen.len() * 95 / 100;
+            let gap = *seen.select_nth_unstable(percentile_index).1;
             self.silence_limit = Duration::from_millis(u64::from(gap)).clamp(MIN_SILENCE_LIMIT, MAX_SILENCE_LIMIT);
         }
     }

@@ -34,11 +34,11 @@ impl PieceSet {
 
     /// False when the piece was not in the set.
     pub(super) fn remove(&mut self, piece: u32) -> bool {
-        let was_there = self.contains(piece);
-        if was_there {
+        let was_present = self.contains(piece);
+        if was_present {
             self.words[piece as usize / 64] &= !(1 << (piece % 64));
         }
-        was_there
+        was_present
     }
 
     /// Ascending.
@@ -53,12 +53,12 @@ impl PieceSet {
 }
 
 fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = u32> {
-    words.enumerate().flat_map(|(place, mut word)| {
+    words.enumerate().flat_map(|(word_index, mut word)| {
         std::iter::from_fn(move || {
             let bit = word.trailing_zeros();
             (word != 0).then(|| {
                 word &= word - 1;
-                place as u32 * 64 + bit
+                word_index as u32 * 64 + bit
             })
         })
     })

@@ -27,12 +27,12 @@ const LYING_STANDING: u8 = 2;
 
 impl PiecePicker {
     /// Replaces the list of a blob's providers and partial providers.
-    pub fn set_providers(&mut self, digest: Digest, list: &[Provider]) {
-        let Some(&place) = self.blob_indexes.get(&digest) else { return };
+    pub fn set_providers(&mut self, digest: Digest, providers: &[Provider]) {
+        let Some(&blob_index) = self.blob_indexes.get(&digest) else { return };
         let (zone, salt) = (&self.zone, self.salt);
-        let is_far = |one: &Provider| matches!((zone, &one.zone), (Some(ours), Some(its)) if ours != its);
-        let (far, near) = list.iter().partition::<Vec<_>, _>(|one| is_far(one));
-        let blob = &mut self.blobs[place];
+        let is_far = |provider: &Provider| matches!((zone, &provider.zone), (Some(ours), Some(its)) if ours != its);
+        let (far, near) = providers.iter().partition::<Vec<_>, _>(|provider| is_far(provider));
+        let blob = &mut self.blobs[blob_index];
         blob.near_listed = best_listed(near, salt, digest);
         blob.far_listed = best_listed(far, salt, digest);
         blob.needs_selection = true;
@@ -47,59 +47,59 @@ impl PiecePicker {
             self.exclusion_ends_at = self.peers.next_exclusion_end(now);
             self.blobs.iter_mut().for_each(|blob| blob.needs_selection = true);
         }
-        for place in 0..self.blobs.len() {
-            if std::mem::take(&mut self.blobs[place].needs_selection) {
-                self.reselect(place, now);
+        for blob_index in 0..self.blobs.len() {
+            if std::mem::take(&mut self.blobs[blob_index].needs_selection) {
+                self.reselect(blob_index, now);
             }
         }
         std::mem::take(&mut self.follow_changes)
     }
 
-    fn reselect(&mut self, place: usize, now: Instant) {
+    fn reselect(&mut self, blob_index: usize, now: Instant) {
         let far = if self.is_cross_zone_allowed { MAX_FAR_AS_LEADER } else { MAX_FAR };
-        let chosen = select_providers(&self.blobs[place], &self.peers, far, now);
-        let gone: Vec<_> = self.blobs[place].selected.iter().map(|link| link.peer).collect();
-        for peer in gone {
-            if !chosen.iter().any(|(one, _)| one.peer == self.peers.get(peer).id) {
-                self.deselect(place, peer);
-                self.cancel_requests(peer, Some(place), false);
+        let selected = select_providers(&self.blobs[blob_index], &self.peers, far, now);
+        let previous: Vec<_> = self.blobs[blob_index].selected.iter().map(|provider| provider.peer).collect();
+        for peer in previous {
+            if !selected.iter().any(|(provider, _)| provider.peer == self.peers.get(peer).id) {
+                self.deselect(blob_index, peer);
+                self.cancel_requests(peer, Some(blob_index), false);
             }
         }
-        for (candidate, is_far) in chosen {
-            self.select(place, &candidate, is_far);
+        for (candidate, is_far) in selected {
+            self.select(blob_index, &candidate, is_far);
         }
     }
 
-    fn select(&mut self, place: usize, candidate: &Provider, is_far: bool) {
+    fn select(&mut self, blob_index: usize, candidate: &Provider, is_far: bool) {
         let peer = self.peers.index_or_insert(candidate.peer);
-        let blob = &mut self.blobs[place];
+        let blob = &mut self.blobs[blob_index];
         let (digest, id) = (blob.digest, candidate.peer);
-        let link = blob.selected_index(peer).unwrap_or_else(|| {
+        let index = blob.selected_index(peer).unwrap_or_else(|| {
             blob.select(peer, is_far);
             blob.selected.len() - 1
         });
-        match (candidate.is_whole, blob.selected[link].is_whole) {
+        match (candidate.is_whole, blob.selected[index].is_whole) {
             (true, false) => {
-                blob.set_whole(link);
-                if std::mem::take(&mut blob.selected[link].is_followed) {
+                blob.set_whole(index);
+                if std::mem::take(&mut blob.selected[index].is_followed) {
                     self.follow_changes.push(FollowChange::Unfollow { peer: id, digest });
                 }
             }
             // The inventory lists the peer as a partial provider. The peer's own piece map decides
             // which pieces count.
-            (false, _) if !blob.selected[link].is_followed && !blob.selected[link].announced_whole => {
-                blob.clear_pieces(link);
-                blob.selected[link].is_followed = true;
+            (false, _) if !blob.selected[index].is_followed && !blob.selected[index].announced_whole => {
+                blob.clear_pieces(index);
+                blob.selected[index].is_followed = true;
                 self.follow_changes.push(FollowChange::Follow { peer: id, digest });
             }
             _ => {}
         }
     }
 
-    pub(super) fn deselect(&mut self, place: usize, peer: usize) {
-        let blob = &mut self.blobs[place];
-        if let Some(link) = blob.selected_index(peer)
-            && blob.deselect(link).is_followed
+    pub(super) fn deselect(&mut self, blob_index: usize, peer: usize) {
+        let blob = &mut self.blobs[blob_index];
+        if let Some(index) = blob.selected_index(peer)
+            && blob.deselect(index).is_followed
         {
             self.follow_changes.push(FollowChange::Unfollow { peer: self.peers.get(peer).id, digest: blob.digest });
         }
@@ -107,17 +107,18 @@ impl PiecePicker {
 }
 
 /// Lowest standing first; equal standings in random order.
-fn best_listed(list: Vec<&Provider>, salt: u64, digest: Digest) -> Vec<ListedProvider> {
+fn best_listed(providers: Vec<&Provider>, salt: u64, digest: Digest) -> Vec<ListedProvider> {
     let [first, ..] = digest.as_bytes().as_chunks::<8>().0 else { return Vec::new() };
     let salt = salt ^ u64::from_le_bytes(*first);
-    let mut keyed: Vec<_> = list.into_iter().map(|one| (one.standing, score(one.peer, salt), one)).collect();
-    keyed.sort_unstable_by_key(|(standing, score, one)| (*standing, *score, one.peer));
-    keyed.dedup_by_key(|(_, _, one)| one.peer);
-    let known = |(_, score, candidate): (u8, u32, &Provider)| {
+    let mut keyed: Vec<_> =
+        providers.into_iter().map(|provider| (provider.standing, score(provider.peer, salt), provider)).collect();
+    keyed.sort_unstable_by_key(|(standing, score, provider)| (*standing, *score, provider.peer));
+    keyed.dedup_by_key(|(_, _, provider)| provider.peer);
+    let to_listed = |(_, score, candidate): (u8, u32, &Provider)| {
         // Near and far providers are separate lists from here on.
         ListedProvider { provider: Provider { zone: None, ..candidate.clone() }, score, is_lost: false }
     };
-    keyed.into_iter().take(MAX_LISTED).map(known).collect()
+    keyed.into_iter().take(MAX_LISTED).map(to_listed).collect()
 }
 
 /// Random rank of a peer, different in each picker. A peer cannot choose a key that ranks high.
@@ -131,16 +132,18 @@ fn select_providers(blob: &BlobPicker, peers: &PeerRecords, far: usize, now: Ins
     if blob.missing() == 0 {
         return Vec::new();
     }
-    let order = |known: &[ListedProvider]| {
-        let fits = |one: &&ListedProvider| !one.is_lost && !peers.is_excluded(one.provider.peer, now);
-        let linked = |one: &ListedProvider| {
-            peers.index_of(one.provider.peer).is_some_and(|peer| blob.selected_index(peer).is_some())
+    let order = |listed: &[ListedProvider]| {
+        let fits = |candidate: &&ListedProvider| !candidate.is_lost && !peers.is_excluded(candidate.provider.peer, now);
+        let is_selected = |candidate: &ListedProvider| {
+            peers.index_of(candidate.provider.peer).is_some_and(|peer| blob.selected_index(peer).is_some())
         };
-        let mut fit: Vec<_> = known.iter().filter(fits).collect();
+        let mut fit: Vec<_> = listed.iter().filter(fits).collect();
         // A selected provider gets half its score, so the selection changes less: each change costs
         // a stream and a first piece map.
-        fit.sort_by_cached_key(|one| (one.provider.standing, if linked(one) { one.score / 2 } else { one.score }));
-        fit.into_iter().map(|one| one.provider.clone()).collect::<Vec<_>>()
+        fit.sort_by_cached_key(|candidate| {
+            (candidate.provider.standing, if is_selected(candidate) { candidate.score / 2 } else { candidate.score })
+        });
+        fit.into_iter().map(|candidate| candidate.provider.clone()).collect::<Vec<_>>()
     };
     let (near, far_ones) = (order(&blob.near_listed), order(&blob.far_listed));
     let from_far = far.min(far_ones.len()).max(MAX_SELECTED.saturating_sub(near.len()));

@@ -13,7 +13,7 @@ const WEIGHT: f64 = 0.2;
 pub(super) struct RateEstimate {
     average: Option<f64>,
     /// The largest value of the average so far.
-    most: f64,
+    peak: f64,
     bytes: u64,
     /// When the last sample was taken; `None` while no bytes are expected.
     since: Option<Instant>,
@@ -51,12 +51,12 @@ impl RateEstimate {
         // Weighted by duration, or a peer that answers in bursts looks faster than it is.
         let weight = 1.0 - (1.0 - WEIGHT).powf((time / SAMPLE.as_secs_f64()).min(10.0));
         let average = self.average.map_or(rate, |average| average + (rate - average) * weight);
-        (self.average, self.most) = (Some(average), self.most.max(average));
+        (self.average, self.peak) = (Some(average), self.peak.max(average));
         (self.bytes, self.since) = (0, Some(now));
     }
 
-    pub(super) fn most(&self) -> f64 {
-        self.most
+    pub(super) fn peak(&self) -> f64 {
+        self.peak
     }
 
     /// The current estimate: silence lowers the average, at most by half.

@@ -304,7 +304,7 @@ enum QueueStep {
     WaitUntilDue,
 }
 
-fn moves() -> impl Strategy<Value = Vec<QueueStep>> {
+fn steps() -> impl Strategy<Value = Vec<QueueStep>> {
     let end = prop_oneof![
         Just(RecoveryEnd::Done),
         Just(RecoveryEnd::Failed),
@@ -328,13 +328,13 @@ proptest! {
 
     /// Three pods, three images, an hour.
     #[test]
-    fn no_order_of_events_recovers_an_image_twice_at_a_time_or_without_end(moves in moves()) {
+    fn no_order_of_events_recovers_an_image_twice_at_a_time_or_without_end(steps in steps()) {
         let mut queue = RecoveryQueue::new(1);
         let begin = Instant::now();
         let (mut now, mut running, mut starts) = (begin, BTreeSet::new(), BTreeMap::new());
         let mut concurrency = 1;
         let name = |number: u8| image(&format!("a{number}"));
-        for step in moves {
+        for step in steps {
             match step {
                 QueueStep::Join(number, wanted, priority) => {
                     queue.join(&name(wanted), &pod(&number.to_string()), priority.into());
@@ -358,12 +358,12 @@ proptest! {
             if now - begin >= Duration::from_secs(3600) {
                 break;
             }
-            let most = running.len().max(concurrency);
+            let limit = running.len().max(concurrency);
             while let Some(started) = queue.start_next(now) {
                 *starts.entry(started.clone()).or_insert(0) += 1;
                 prop_assert!(running.insert(started), "the recovery runs already");
             }
-            prop_assert!(running.len() <= most);
+            prop_assert!(running.len() <= limit);
             prop_assert!(queue.next_due().is_none_or(|due| due > now), "the caller would spin");
         }
         prop_assert!(starts.values().all(|&starts| starts <= MAX_STARTS_PER_HOUR), "{starts:?}");

@@ -185,7 +185,7 @@ fn moments() -> impl Strategy<Value = Vec<Moment>> {
 
 /// Plays the moments and takes every action. Returns the most bytes over the budget after any
 /// action.
-fn most_over_budget(moments: Vec<Moment>, budget: u64) -> u64 {
+fn max_over_budget(moments: Vec<Moment>, budget: u64) -> u64 {
     let (mut leases, mut over, mut now) = (BTreeMap::<Digest, LayerLease>::new(), 0, at(0));
     for (images, room, passed) in moments {
         now += Duration::from_secs(passed);
@@ -225,7 +225,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
     #[test]
     fn retained_bytes_stay_within_the_budget_after_every_action(moments in moments(), budget in 0_u64..400) {
-        prop_assert_eq!(most_over_budget(moments, budget), 0);
+        prop_assert_eq!(max_over_budget(moments, budget), 0);
     }
 }
 
@@ -236,8 +236,8 @@ fn five_hundred_histories_print_the_figure_of_bytes_over_the_budget() {
     let mut runner = TestRunner::deterministic();
     let run = |runner: &mut TestRunner| {
         let (moments, budget) = (moments(), 0_u64..400).new_tree(runner).unwrap().current();
-        most_over_budget(moments, budget)
+        max_over_budget(moments, budget)
     };
-    let most = (0..500).map(|_| run(&mut runner)).max().unwrap_or_default();
-    println!("figure retain_bytes_over_budget {most} (500 histories, after every action)");
+    let max = (0..500).map(|_| run(&mut runner)).max().unwrap_or_default();
+    println!("figure retain_bytes_over_budget {max} (500 histories, after every action)");
 }

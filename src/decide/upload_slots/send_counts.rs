@@ -29,10 +29,10 @@ struct BlobCounts {
 impl SendCounts {
     /// The `most` least sent pieces among the requested ones that are here; equal counts keep the
     /// requested order. The pieces count as sent, so the caller should be ready to send.
-    pub fn choose(&mut self, digest: Digest, choice: &[u32], most: usize, has: impl Fn(u32) -> bool) -> Vec<u32> {
+    pub fn choose(&mut self, digest: Digest, requested: &[u32], limit: usize, has: impl Fn(u32) -> bool) -> Vec<u32> {
         self.clock += 1;
         let exists = |piece: &u32| u64::from(*piece) < MAX_PIECES && has(*piece);
-        let mut pieces: Vec<_> = choice.iter().copied().filter(exists).collect();
+        let mut pieces: Vec<_> = requested.iter().copied().filter(exists).collect();
         let length = pieces.iter().max().map_or(0, |last| *last as usize + 1);
         let counts = self.blobs.entry(digest).or_default();
         counts.used = self.clock;
@@ -42,7 +42,7 @@ impl SendCounts {
         }
         pieces.sort_by_key(|piece| counts.times[*piece as usize]);
         pieces.dedup();
-        pieces.truncate(most);
+        pieces.truncate(limit);
         for piece in &pieces {
             if counts.times[*piece as usize] == u8::MAX {
                 counts.times.iter_mut().for_each(|times| *times /= 2);
@@ -96,7 +96,7 @@ mod tests {
             sent.choose(Digest::of(&n.to_le_bytes()), &[n % 9 * 10_000], 1, |_| true);
             assert!(sent.counted <= MAX_COUNTED);
         }
-        let held: usize = sent.blobs.values().map(|counts| counts.times.len()).sum();
-        assert_eq!(held, sent.counted);
+        let total: usize = sent.blobs.values().map(|counts| counts.times.len()).sum();
+        assert_eq!(total, sent.counted);
     }
 }

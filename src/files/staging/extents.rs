@@ -17,8 +17,8 @@ pub(super) fn write_all_at(file: &File, offset: u64, chunks: &[Bytes]) -> io::Re
     let mut slices: Vec<_> = chunks.iter().filter(|chunk| !chunk.is_empty()).map(|chunk| IoSlice::new(chunk)).collect();
     let (mut rest, mut offset) = (&mut slices[..], offset);
     while !rest.is_empty() {
-        let some = &rest[..rest.len().min(MAX_SLICES)];
-        match pwritev(file, some, offset.cast_signed()) {
+        let batch = &rest[..rest.len().min(MAX_SLICES)];
+        match pwritev(file, batch, offset.cast_signed()) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => {
                 IoSlice::advance_slices(&mut rest, written);
@@ -33,7 +33,7 @@ pub(super) fn write_all_at(file: &File, offset: u64, chunks: &[Bytes]) -> io::Re
 
 /// Ranges with data, up to `size`. A file system without holes reports one range.
 pub(super) fn data_extents(file: &File, size: u64) -> io::Result<Vec<Range<u64>>> {
-    let mut parts: Vec<Range<u64>> = Vec::new();
+    let mut ranges: Vec<Range<u64>> = Vec::new();
     let mut at = 0;
     while at < size {
         let start = match lseek64(file, at.cast_signed(), Whence::SeekData) {
@@ -43,11 +43,11 @@ pub(super) fn data_extents(file: &File, size: u64) -> io::Result<Vec<Range<u64>>
             Err(error) => return Err(error.into()),
         };
         at = lseek64(file, start.cast_signed(), Whence::SeekHole)?.cast_unsigned().min(size);
-        match parts.last_mut() {
+        match ranges.last_mut() {
             Some(before) if before.end == start => before.end = at,
-            _ if start < at => parts.push(start..at),
+            _ if start < at => ranges.push(start..at),
             _ => break,
         }
     }
-    Ok(parts)
+    Ok(ranges)
 }

@@ -35,11 +35,11 @@ pub(super) fn open_or_create(path: &Path, size: u64) -> io::Result<(File, File)>
         })?;
         // The earlier owner of the lock may have removed the name, or another file may have the
         // name.
-        let found = reading.metadata()?;
-        if !fs::symlink_metadata(path).is_ok_and(|named| is_same_file(&named, &found)) {
+        let metadata = reading.metadata()?;
+        if !fs::symlink_metadata(path).is_ok_and(|named| is_same_file(&named, &metadata)) {
             continue;
         }
-        if !is_resumable(&found, size) {
+        if !is_resumable(&metadata, size) {
             fs::remove_file(path)?;
             continue;
         }
@@ -47,7 +47,7 @@ pub(super) fn open_or_create(path: &Path, size: u64) -> io::Result<(File, File)>
         // for writing.
         reading.set_permissions(Permissions::from_mode(UNSEALED))?;
         let writing = open(path, OpenOptions::new().write(true))?;
-        if is_same_file(&writing.metadata()?, &found) {
+        if is_same_file(&writing.metadata()?, &metadata) {
             return Ok((reading, writing));
         }
     }
@@ -69,8 +69,8 @@ fn create(path: &Path, size: u64) -> io::Result<()> {
 }
 
 /// A file with a second link may be a blob of a store, and is never written to.
-fn is_resumable(found: &fs::Metadata, size: u64) -> bool {
-    let mode = found.mode() & 0o7777;
-    let ours = found.is_file() && found.uid() == geteuid().as_raw() && (mode == UNSEALED || mode == SEALED);
-    ours && found.nlink() == 1 && found.len() == size
+fn is_resumable(metadata: &fs::Metadata, size: u64) -> bool {
+    let mode = metadata.mode() & 0o7777;
+    let is_ours = metadata.is_file() && metadata.uid() == geteuid().as_raw() && (mode == UNSEALED || mode == SEALED);
+    is_ours && metadata.nlink() == 1 && metadata.len() == size
 }

@@ -2,7 +2,7 @@ use std::os::unix::fs::symlink;
 
 use super::*;
 
-fn arc(path: &Path, size: u64) -> Arc<StagingFile> {
+fn staging_file(path: &Path, size: u64) -> Arc<StagingFile> {
     Arc::new(StagingFile::open(path, size).unwrap())
 }
 
@@ -16,20 +16,20 @@ const MIB: u64 = 1 << 20;
 async fn written_extents_are_found_again_and_holes_take_no_space() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");
-    let file = arc(&path, 64 * MIB + 5);
+    let file = staging_file(&path, 64 * MIB + 5);
     assert_eq!(file.resumed_ranges(), []);
     let (head, tail) = (Bytes::from(vec![1; 10_000]), Bytes::from(vec![2; 5]));
     file.write_at(64 * MIB, std::slice::from_ref(&tail)).await.unwrap();
     file.write_at(8 * MIB, &[Bytes::new(), head.slice(..1), Bytes::new(), head.slice(1..)]).await.unwrap();
     drop(file);
 
-    let file = arc(&path, 64 * MIB + 5);
-    let left = file.resumed_ranges();
-    assert_eq!(left.len(), 2, "{left:?}");
+    let file = staging_file(&path, 64 * MIB + 5);
+    let ranges = file.resumed_ranges();
+    assert_eq!(ranges.len(), 2, "{ranges:?}");
     for written in [8 * MIB..8 * MIB + 10_000, 64 * MIB..64 * MIB + 5] {
-        let around = left.iter().find(|part| part.start <= written.start && written.end <= part.end);
-        let around = around.unwrap_or_else(|| panic!("{written:?} is not in {left:?}"));
-        assert!(around.end - around.start < MIB, "{left:?}");
+        let around = ranges.iter().find(|part| part.start <= written.start && written.end <= part.end);
+        let around = around.unwrap_or_else(|| panic!("{written:?} is not in {ranges:?}"));
+        assert!(around.end - around.start < MIB, "{ranges:?}");
     }
     assert_eq!(file.read_at(8 * MIB, 10_000).await.unwrap(), head);
     assert_eq!(file.read_at(64 * MIB, 100).await.unwrap(), tail, "a read ends at the end of the file");
@@ -43,7 +43,7 @@ async fn more_chunks_than_one_call_takes_are_written_in_their_order() {
     let folder = tempfile::tempdir().unwrap();
     let bytes: Bytes = (0..3000_u32).flat_map(u32::to_be_bytes).collect::<Vec<_>>().into();
     let chunks: Vec<_> = (0..3000).map(|n| bytes.slice(4 * n..4 * n + 4)).collect();
-    let file = arc(&folder.path().join("blob"), 20_000);
+    let file = staging_file(&folder.path().join("blob"), 20_000);
     file.write_at(7, &chunks).await.unwrap();
     assert_eq!(file.read_at(7, 12_000).await.unwrap(), bytes);
 }
@@ -52,7 +52,7 @@ async fn more_chunks_than_one_call_takes_are_written_in_their_order() {
 async fn writes_beyond_the_end_are_rejected() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");
-    let file = arc(&path, 10);
+    let file = staging_file(&path, 10);
     for offset in [6, 10, u64::MAX] {
         file.write_at(offset, &[Bytes::from_static(b"12345")]).await.unwrap_err();
     }
@@ -64,7 +64,7 @@ async fn writes_beyond_the_end_are_rejected() {
 async fn a_sealed_file_is_never_written_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("blob");
-    let file = arc(&path, 5);
+    let file = staging_file(&path, 5);
     file.write_at(0, &[Bytes::from_static(b"right")]).await.unwrap();
     assert_eq!(mode(&path), 0o600);
     file.seal().unwrap();
@@ -76,13 +76,13 @@ async fn a_sealed_file_is_never_written_again() {
 
     // After a kill between the seal and the link the file is resumed. After a later kill the linked
     // file is never written to.
-    let file = arc(&path, 5);
+    let file = staging_file(&path, 5);
     assert_eq!((file.resumed_ranges().first(), mode(&path)), (Some(&(0..5)), 0o600));
     file.seal().unwrap();
     drop(file);
     let linked = folder.path().join("linked");
     fs::hard_link(&path, &linked).unwrap();
-    let file = arc(&path, 5);
+    let file = staging_file(&path, 5);
     assert_eq!(file.resumed_ranges(), []);
     assert!(!file.is_linked_at(&linked).unwrap());
     file.write_at(0, &[Bytes::from_static(b"wrong")]).await.unwrap();
@@ -127,7 +127,7 @@ fn a_staging_file_has_one_owner_at_a_time() {
 #[tokio::test]
 async fn a_removed_staging_file_can_be_read_but_not_written() {
     let folder = tempfile::tempdir().unwrap();
-    let file = arc(&folder.path().join("blob"), 4);
+    let file = staging_file(&folder.path().join("blob"), 4);
     file.write_at(0, &[Bytes::from_static(b"read")]).await.unwrap();
     file.remove();
     assert_eq!(file.read_at(0, 4).await.unwrap(), "read");
@@ -138,7 +138,7 @@ async fn a_removed_staging_file_can_be_read_but_not_written() {
 #[tokio::test]
 async fn a_slow_disk_is_written_from_a_blocking_thread() {
     let folder = tempfile::tempdir().unwrap();
-    let file = arc(&folder.path().join("blob"), 4);
+    let file = staging_file(&folder.path().join("blob"), 4);
     file.slow_disk.record(std::time::Duration::from_secs(3600), Instant::now() + std::time::Duration::from_secs(3600));
     let writing = Arc::clone(&file);
     // This thread is the runtime's only worker, and `write_at` must not block it: the first poll

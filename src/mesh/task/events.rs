@@ -23,7 +23,7 @@ impl MeshTask {
             SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
                 debug!(peer = ?peer_id, %error, "dial failed");
                 if let Some(peer) = self.dials.remove(&connection_id) {
-                    self.with_inventory(|protocol, table| protocol.dial_failed(peer, table, now));
+                    self.with_inventory(|protocol, inventory| protocol.dial_failed(peer, inventory, now));
                 }
             }
             SwarmEvent::IncomingConnectionError { send_back_addr, peer_id, error, .. } => {
@@ -67,13 +67,15 @@ impl MeshTask {
                 // A connection that is being closed may still answer, but is no longer in `links`.
                 Ok(_) => {
                     if let Some(&(link, peer)) = self.links.get(&event.connection) {
-                        self.with_inventory(|protocol, table| protocol.record_ping_answer(link, peer, table, now));
+                        self.with_inventory(|protocol, inventory| {
+                            protocol.record_ping_answer(link, peer, inventory, now)
+                        });
                     }
                 }
                 Err(error) => debug!(peer = %event.peer, %error, "ping failed"),
             },
             BehaviourEvent::Gossip(event) => self.gossip_event(event, now),
-            BehaviourEvent::Questions(event) => self.question_event(event, now),
+            BehaviourEvent::Questions(event) => self.sync_event(event, now),
             BehaviourEvent::Ranges(event) => self.range_event(event, now),
             // These behaviors only decide and emit no events.
             BehaviourEvent::Limits(never) | BehaviourEvent::Admitted(never) => match never {},

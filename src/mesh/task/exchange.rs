@@ -11,17 +11,17 @@ use super::MeshTask;
 use crate::decide::gossip::{GossipVerdict, SyncRequestId};
 use crate::identity::{libp2p_peer_id, peer_id_of};
 use crate::mesh::codec::wire_error;
-use crate::mesh::stack::{QUESTION_TIMEOUT, topic};
+use crate::mesh::stack::{SYNC_TIMEOUT, topic};
 use crate::model::{Gossip, MAX_MEMBERS, PeerId, SyncReply, SyncRequest};
 use crate::wire::{self, Format, WireError};
 
 /// A sync request in flight.
-pub(super) struct OpenQuestion {
-    question_id: SyncRequestId,
+pub(super) struct OpenRequest {
+    sync_request_id: SyncRequestId,
     deadline: Instant,
 }
 
-type QuestionEvent = request_response::Event<Vec<u8>, SyncReply>;
+type SyncEvent = request_response::Event<Vec<u8>, SyncReply>;
 
 impl MeshTask {
     pub(super) fn publish(&mut self, message: &Gossip) {
@@ -91,13 +91,13 @@ impl MeshTask {
             Err(error) if self.record_unreadable(from, &error, now) => return MessageAcceptance::Reject,
             Err(_) => return MessageAcceptance::Ignore,
         };
-        let verdict = self.with_inventory(|protocol, table| match is_newer {
-            false => protocol.receive_gossip(from, message, table, now),
-            true => protocol.receive_gossip_of_later_release(from, message, table, now),
+        let verdict = self.with_inventory(|protocol, inventory| match is_newer {
+            false => protocol.receive_gossip(from, message, inventory, now),
+            true => protocol.receive_gossip_of_later_release(from, message, inventory, now),
         });
         match verdict {
             GossipVerdict::Accept => {
-                self.table.mark_changed();
+                self.inventory.mark_changed();
                 MessageAcceptance::Accept
             }
             GossipVerdict::Ignore(reason) => {
@@ -138,25 +138,25 @@ impl MeshTask {
     }
 
     /// Sends a sync request to a neighbor.
-    pub(super) fn send_question(&mut self, ask: SyncRequestId, peer: PeerId, question: &SyncRequest) {
+    pub(super) fn send_sync_request(&mut self, sync_request_id: SyncRequestId, peer: PeerId, request: &SyncRequest) {
         let now = Instant::now();
         let to = libp2p_peer_id(peer);
         let is_connected = self.links.values().any(|(_, owner)| *owner == peer);
-        let encoded = wire::encode_in(question, self.versions.current());
+        let encoded = wire::encode_in(request, self.versions.current());
         let encoded = encoded.inspect_err(|error| error!(%error, "a sync request cannot be encoded"));
         // libp2p would dial a peer without a connection.
         let Some(encoded) = encoded.ok().filter(|_| is_connected) else {
-            return self.protocol.record_request_failure(ask, now);
+            return self.protocol.record_request_failure(sync_request_id, now);
         };
-        let request = self.swarm.behaviour_mut().questions.send_request(&to, encoded);
+        let outbound_id = self.swarm.behaviour_mut().questions.send_request(&to, encoded);
         // A little longer than libp2p's own timeout.
-        self.open_questions.insert(
-            request,
-            OpenQuestion { question_id: ask, deadline: now + QUESTION_TIMEOUT + QUESTION_TIMEOUT / 5 },
+        self.open_requests.insert(
+            outbound_id,
+            OpenRequest { sync_request_id: sync_request_id, deadline: now + SYNC_TIMEOUT + SYNC_TIMEOUT / 5 },
         );
     }
 
-    pub(super) fn question_event(&mut self, event: QuestionEvent, now: Instant) {
+    pub(super) fn sync_event(&mut self, event: SyncEvent, now: Instant) {
         use request_response::{Event, Message};
         match event {
             Event::Message { peer, message: Message::Request { request_id, request, channel }, .. } => {
@@ -165,9 +165,13 @@ impl MeshTask {
                 }
             }
             Event::Message { message: Message::Response { request_id, response }, .. } => {
-                if let Some(OpenQuestion { question_id: ask, .. }) = self.open_questions.remove(&request_id) {
-                    self.with_inventory(|protocol, table| protocol.receive_reply(ask, response, table, now));
-                    self.table.mark_changed();
+                if let Some(OpenRequest { sync_request_id: sync_request_id, .. }) =
+                    self.open_requests.remove(&request_id)
+                {
+                    self.with_inventory(|protocol, inventory| {
+                        protocol.receive_reply(sync_request_id, response, inventory, now)
+                    });
+                    self.inventory.mark_changed();
                 }
             }
             Event::OutboundFailure { peer, request_id, error: OutboundFailure::UnsupportedProtocols, .. } => {
@@ -178,7 +182,7 @@ impl MeshTask {
                         "peer speaks no version of the gossip protocol that this agent speaks; upgrade the older of the two"
                     );
                 }
-                self.unanswered(request_id, &"no common version of the gossip protocol", now);
+                self.record_unanswered(request_id, &"no common version of the gossip protocol", now);
             }
             Event::OutboundFailure { peer, request_id, error, .. } => {
                 if let (OutboundFailure::Io(error), Some(from)) = (&error, peer_id_of(&peer))
@@ -186,7 +190,7 @@ impl MeshTask {
                 {
                     self.record_unreadable(from, error, now);
                 }
-                self.unanswered(request_id, &error, now);
+                self.record_unanswered(request_id, &error, now);
             }
             Event::InboundFailure { peer, request_id, error, .. } => {
                 debug!(%peer, %error, "the reply to a sync request was not sent");
@@ -206,17 +210,17 @@ impl MeshTask {
         &mut self,
         from: PeerId,
         id: InboundRequestId,
-        question: &[u8],
+        request: &[u8],
         channel: ResponseChannel<SyncReply>,
         now: Instant,
     ) {
-        if !self.neighbors.try_take_question(from, now) {
+        if !self.neighbors.try_take_sync_request(from, now) {
             return self.report_fault(from, TOO_MANY_FAULT, now);
         }
-        let reply = match wire::decode_in::<SyncRequest>(question, self.versions) {
-            Ok(question) if self.neighbors.try_begin_answer(from, id, &question, now) => {
-                let Self { protocol, table, .. } = self;
-                table.read(|inventory| protocol.answer(from, question, inventory, now))
+        let reply = match wire::decode_in::<SyncRequest>(request, self.versions) {
+            Ok(request) if self.neighbors.try_begin_answer(from, id, &request, now) => {
+                let Self { protocol, inventory: table, .. } = self;
+                table.read(|inventory| protocol.answer(from, request, inventory, now))
             }
             Err(error) if self.record_unreadable(from, &error, now) => return,
             _ => SyncReply::Busy,
@@ -229,20 +233,20 @@ impl MeshTask {
         drop(self.swarm.behaviour_mut().questions.send_response(channel, reply));
     }
 
-    fn unanswered(&mut self, request: OutboundRequestId, error: &dyn Display, now: Instant) {
-        if let Some(OpenQuestion { question_id: ask, .. }) = self.open_questions.remove(&request) {
+    fn record_unanswered(&mut self, id: OutboundRequestId, error: &dyn Display, now: Instant) {
+        if let Some(OpenRequest { sync_request_id: sync_request_id, .. }) = self.open_requests.remove(&id) {
             debug!(%error, "a sync request has no reply");
-            self.protocol.record_request_failure(ask, now);
+            self.protocol.record_request_failure(sync_request_id, now);
         }
     }
 
     /// Ends requests that libp2p lost: on a connection whose close hangs, libp2p neither sends a
     /// request nor reports a timeout.
     pub(super) fn expire(&mut self, now: Instant) {
-        let lost: Vec<_> =
-            self.open_questions.iter().filter(|(_, asked)| asked.deadline <= now).map(|(id, _)| *id).collect();
-        for request in lost {
-            self.unanswered(request, &"the request was lost on a dead connection", now);
+        let expired: Vec<_> =
+            self.open_requests.iter().filter(|(_, open)| open.deadline <= now).map(|(id, _)| *id).collect();
+        for id in expired {
+            self.record_unanswered(id, &"the request was lost on a dead connection", now);
         }
     }
 }

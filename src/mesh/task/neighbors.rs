@@ -6,14 +6,14 @@ use std::time::Instant;
 use libp2p::request_response::InboundRequestId;
 
 use super::super::neighbor_budget::{NeighborBudget, NeighborRateLimits};
-use super::super::stack::{MAX_ANSWERING, MAX_SNAPSHOTS, MAX_SNAPSHOTS_IN_ALL};
+use super::super::stack::{MAX_ANSWERING, MAX_SNAPSHOTS, MAX_TOTAL_SNAPSHOTS};
 use crate::model::{PeerId, SyncRequest};
 
 /// A peer that is or was connected.
 struct Neighbor {
     messages: NeighborBudget,
     bytes: NeighborBudget,
-    questions: NeighborBudget,
+    sync_requests: NeighborBudget,
     ranges: NeighborBudget,
     /// The requests that are being answered; true for a snapshot.
     answering: HashMap<InboundRequestId, bool>,
@@ -38,8 +38,8 @@ impl Neighbors {
     }
 
     /// Whether the peer is within the limit with this sync request.
-    pub(super) fn try_take_question(&mut self, peer: PeerId, now: Instant) -> bool {
-        self.entry(peer, now).questions.try_take(1.0, now)
+    pub(super) fn try_take_sync_request(&mut self, peer: PeerId, now: Instant) -> bool {
+        self.entry(peer, now).sync_requests.try_take(1.0, now)
     }
 
     /// Whether the peer is within the limit with this request for a range.
@@ -52,12 +52,13 @@ impl Neighbors {
         &mut self,
         peer: PeerId,
         id: InboundRequestId,
-        question: &SyncRequest,
+        request: &SyncRequest,
         now: Instant,
     ) -> bool {
-        let is_snapshot = matches!(question, SyncRequest::Snapshot(_));
-        let all = self.by_peer.values().flat_map(|known| known.answering.values()).filter(|is| **is).count();
-        if is_snapshot && all >= MAX_SNAPSHOTS_IN_ALL {
+        let is_snapshot = matches!(request, SyncRequest::Snapshot(_));
+        let total_snapshots =
+            self.by_peer.values().flat_map(|known| known.answering.values()).filter(|snapshot| **snapshot).count();
+        if is_snapshot && total_snapshots >= MAX_TOTAL_SNAPSHOTS {
             return false;
         }
         let answering = &mut self.entry(peer, now).answering;
@@ -70,26 +71,26 @@ impl Neighbors {
     }
 
     /// The answer was sent, or has failed.
-    pub(super) fn finish_answer(&mut self, peer: PeerId, question: InboundRequestId) {
+    pub(super) fn finish_answer(&mut self, peer: PeerId, id: InboundRequestId) {
         if let Some(neighbor) = self.by_peer.get_mut(&peer) {
-            neighbor.answering.remove(&question);
+            neighbor.answering.remove(&id);
         }
     }
 
     /// Removes peers with full budgets and no answers in progress.
     pub(super) fn evict_idle(&mut self, now: Instant) {
-        self.by_peer.retain(|_, Neighbor { messages, bytes, questions, ranges, answering }| {
-            let rested = [messages, bytes, questions, ranges].into_iter().all(|budget| budget.is_full(now));
-            !rested || !answering.is_empty()
+        self.by_peer.retain(|_, Neighbor { messages, bytes, sync_requests: questions, ranges, answering }| {
+            let is_idle = [messages, bytes, questions, ranges].into_iter().all(|budget| budget.is_full(now));
+            !is_idle || !answering.is_empty()
         });
     }
 
     fn entry(&mut self, peer: PeerId, now: Instant) -> &mut Neighbor {
-        let NeighborRateLimits { messages, bytes, questions, ranges } = self.limits;
+        let NeighborRateLimits { messages, bytes, sync_requests: questions, ranges } = self.limits;
         self.by_peer.entry(peer).or_insert_with(|| Neighbor {
             messages: NeighborBudget::new(messages, now),
             bytes: NeighborBudget::new(bytes, now),
-            questions: NeighborBudget::new(questions, now),
+            sync_requests: NeighborBudget::new(questions, now),
             ranges: NeighborBudget::new(ranges, now),
             answering: HashMap::new(),
         })

@@ -61,9 +61,9 @@ impl RangeRequests {
 
     /// Ends requests that libp2p lost. libp2p reports nothing for a connection whose close hangs.
     pub(super) fn expire(&mut self, now: Instant) {
-        let lost: Vec<_> =
-            self.pending.iter().filter(|(_, wanted)| wanted.deadline <= now).map(|(id, _)| *id).collect();
-        for id in lost {
+        let expired: Vec<_> =
+            self.pending.iter().filter(|(_, range)| range.deadline <= now).map(|(id, _)| *id).collect();
+        for id in expired {
             self.fail(id, RangeError::NoAnswer("the request timed out".into()));
         }
         self.answering.retain(|_, (_, since)| now.saturating_duration_since(*since) < 2 * RANGE_TIMEOUT);
@@ -131,9 +131,9 @@ impl MeshTask {
             }
             Event::OutboundFailure { request_id, error, .. } => {
                 // A stream that ends early was cut off, which is no fault of the peer.
-                let is_wrong = |io| wire_error(io).is_some_and(|error| !matches!(error, WireError::Io(_)));
+                let is_malformed = |io| wire_error(io).is_some_and(|error| !matches!(error, WireError::Io(_)));
                 let error = match &error {
-                    OutboundFailure::Io(io) if is_wrong(io) => RangeError::Malformed(io.to_string()),
+                    OutboundFailure::Io(io) if is_malformed(io) => RangeError::Malformed(io.to_string()),
                     other => RangeError::NoAnswer(other.to_string()),
                 };
                 self.ranges.fail(request_id, error);

@@ -60,7 +60,7 @@ async fn a_neighbor_that_forges_entries_of_another_peer_is_banned_at_last() {
     b.announce(blob("real")).await;
     a.until_provides(b.id(), blob("real")).await;
     let epoch = b.mesh.status().await.unwrap().epoch;
-    let mut forger = RawPeer::known_to(&a).await;
+    let mut forger = RawPeer::introduced_to(&a).await;
     for text in ["forged once", "forged twice", "forged again"] {
         let entry = forger.entry(b.id(), epoch, InventoryItem::Blob(blob(text)));
         forger.publish(&Gossip::Entry(entry));
@@ -72,7 +72,7 @@ async fn a_neighbor_that_forges_entries_of_another_peer_is_banned_at_last() {
         .await;
     assert!(a.has_counted_rejection("forged") && a.has_counted_fault("forged"));
     assert!(a.has_counted("lighterman_peer_bans_total 1\n"));
-    a.until("the forger is down", |table| table.peers().len() == 1).await;
+    a.until("the forger is down", |inventory| inventory.peers().len() == 1).await;
     assert!(a.providers(blob("forged once")).is_empty());
     assert!(!b.has_counted_rejection("forged"), "the forged entry is not relayed");
     b.announce(blob("honest")).await;
@@ -83,7 +83,7 @@ async fn a_neighbor_that_forges_entries_of_another_peer_is_banned_at_last() {
 async fn malformed_gossip_is_rejected_and_is_a_fault() {
     let (a, b) = connected_pair().await;
     for (fault, payload) in [("malformed", malformed()), ("oversized", oversized(Gossip::LIMIT))] {
-        let mut culprit = RawPeer::known_to(&a).await;
+        let mut culprit = RawPeer::introduced_to(&a).await;
         culprit.publish_bytes(payload);
         culprit
             .while_driven(a.until_counted(fault, |a| a.has_counted_rejection(fault) && a.has_counted_fault(fault)))
@@ -109,7 +109,7 @@ fn oversized(limit: usize) -> Vec<u8> {
 #[tokio::test]
 async fn a_message_of_another_release_is_ignored_and_is_no_fault() {
     let (a, _b) = connected_pair().await;
-    let mut other = RawPeer::known_to(&a).await;
+    let mut other = RawPeer::introduced_to(&a).await;
     let mut next = wire::encode(&Gossip::Introduction(other.introduction(2))).unwrap();
     next[5] = MINOR + 1;
     let mut appended = next.clone();
@@ -137,7 +137,7 @@ async fn gossip_beyond_the_rate_limit_is_dropped_unread() {
     let messages = RateLimit { burst: 5.0, per_second: 0.0 };
     let limits = NeighborRateLimits { messages, ..NeighborRateLimits::DEFAULT };
     let a = MeshTestNode::start_with(NodeOptions { limits, ..NodeOptions::default() }).await;
-    let mut flood = RawPeer::known_to(&a).await;
+    let mut flood = RawPeer::introduced_to(&a).await;
     for version in 2..10 {
         let introduction = flood.introduction(version);
         flood.publish(&Gossip::Introduction(introduction));
@@ -150,20 +150,20 @@ async fn gossip_beyond_the_rate_limit_is_dropped_unread() {
 }
 
 #[tokio::test]
-async fn malformed_long_or_too_many_questions_are_faults() {
-    let questions = RateLimit { burst: 2.0, per_second: 0.0 };
+async fn malformed_long_or_too_many_sync_requests_are_faults() {
+    let sync_requests = RateLimit { burst: 2.0, per_second: 0.0 };
     let a = MeshTestNode::start_with(NodeOptions {
-        limits: NeighborRateLimits { questions, ..NeighborRateLimits::DEFAULT },
+        limits: NeighborRateLimits { sync_requests, ..NeighborRateLimits::DEFAULT },
         ..NodeOptions::default()
     })
     .await;
-    let mut culprit = RawPeer::known_to(&a).await;
-    culprit.send_question(&a, malformed());
+    let mut culprit = RawPeer::introduced_to(&a).await;
+    culprit.send_sync_request(&a, malformed());
     culprit.while_driven(a.until_counted("malformed", |a| a.has_counted_fault("malformed"))).await;
-    culprit.send_question(&a, oversized(SyncRequest::LIMIT));
+    culprit.send_sync_request(&a, oversized(SyncRequest::LIMIT));
     culprit.while_driven(a.until_counted("oversized", |a| a.has_counted_fault("oversized"))).await;
     for _ in 0..2 {
-        culprit.send_question(&a, wire::encode(&SyncRequest::Compare(Vec::new())).unwrap());
+        culprit.send_sync_request(&a, wire::encode(&SyncRequest::Compare(Vec::new())).unwrap());
     }
     culprit.while_driven(a.until_counted("too many", |a| a.has_counted_fault("too_many"))).await;
 }
@@ -171,18 +171,18 @@ async fn malformed_long_or_too_many_questions_are_faults() {
 #[tokio::test]
 async fn an_agent_that_reads_events_slowly_can_still_announce_and_loses_no_event() {
     let identity = Identity::generate();
-    let table = SharedInventory::default();
+    let inventory = SharedInventory::default();
     let (mesh, task, address) = start(
         Config { listen: ([127, 0, 0, 1], 0).into() },
         "slow".parse().unwrap(),
         &identity,
-        table.clone(),
+        inventory.clone(),
         Arc::new(DenyListAdmission::default()),
         Metrics::new(),
     )
     .await
     .unwrap();
-    let (sender, mut news) = mpsc::channel(1);
+    let (sender, mut events) = mpsc::channel(1);
     let stop = CancellationToken::new();
     let task = tokio::spawn(task.run(sender, stop.clone()));
     mesh.introduce(Credential::default(), address, address, None).await;
@@ -190,17 +190,17 @@ async fn an_agent_that_reads_events_slowly_can_still_announce_and_loses_no_event
     let (name, shared_key) = ("slow".parse().unwrap(), watch::channel(None).1);
     let metrics = Metrics::new();
     let node =
-        MeshTestNode { name, identity, mesh, address, metrics, table, network, peers_up, shared_key, stop, task };
+        MeshTestNode { name, identity, mesh, address, metrics, inventory, network, peers_up, shared_key, stop, task };
     let mut crowd = RawPeer::admitted_by(&node).await;
     // More events than the task queues.
     let members = 100;
     for _ in 0..members {
         let member = Identity::generate();
-        let keys = GossipCrypto::new(member.keypair(), Arc::new(DenyListAdmission::default()));
+        let crypto = GossipCrypto::new(member.keypair(), Arc::new(DenyListAdmission::default()));
         let peer = Peer { id: member.peer_id(), ..crowd.peer() };
-        crowd.publish(&Gossip::Introduction(introduction_of(&keys, peer, 1)));
+        crowd.publish(&Gossip::Introduction(introduction_of(&crypto, peer, 1)));
     }
-    crowd.while_driven(node.until("some members are up", |table| table.peers().len() > 32)).await;
+    crowd.while_driven(node.until("some members are up", |inventory| inventory.peers().len() > 32)).await;
     for number in 0..200usize {
         within_deadline("the announcement is accepted", node.announce(Digest::of(&number.to_le_bytes()))).await;
     }
@@ -208,7 +208,7 @@ async fn an_agent_that_reads_events_slowly_can_still_announce_and_loses_no_event
     let all = async {
         let mut seen = BTreeSet::new();
         while seen.len() < members {
-            if let Some(MembershipEvent::Up(peer)) = news.recv().await {
+            if let Some(MembershipEvent::Up(peer)) = events.recv().await {
                 seen.insert(peer.id);
             }
         }
@@ -219,11 +219,11 @@ async fn an_agent_that_reads_events_slowly_can_still_announce_and_loses_no_event
 #[tokio::test]
 async fn a_peer_that_does_not_admit_this_agent_is_never_up() {
     let (a, b) = connected_pair().await;
-    let mut aloof = RawPeer::start(&b).await;
-    a.mesh.admit(aloof.peer(), LIFE).await;
+    let mut rejecting_peer = RawPeer::start(&b).await;
+    a.mesh.admit(rejecting_peer.peer(), LIFE).await;
     // Twice, so that the first attempt has ended on both sides.
     for _ in 0..2 {
-        aloof
+        rejecting_peer
             .until("the node is rejected", |event| {
                 matches!(event, SwarmEvent::IncomingConnectionError { .. }).then_some(())
             })

@@ -108,7 +108,7 @@ pub(super) struct MeshTestNode {
     pub(super) mesh: Mesh,
     pub(super) address: SocketAddr,
     pub(super) metrics: Metrics,
-    pub(super) table: SharedInventory,
+    pub(super) inventory: SharedInventory,
     pub(super) network: TestNetwork,
     /// Peers that came up, in order.
     pub(super) peers_up: Arc<Mutex<Vec<PeerId>>>,
@@ -147,27 +147,27 @@ impl MeshTestNode {
         Self::start_with(NodeOptions { network: network.clone(), ..NodeOptions::default() }).await
     }
 
-    pub(super) async fn start_with(setting: NodeOptions) -> Self {
-        let node = Self::start_unannounced(setting).await;
+    pub(super) async fn start_with(options: NodeOptions) -> Self {
+        let node = Self::start_unannounced(options).await;
         node.introduce(node.address).await;
         node
     }
 
     /// Starts a node that does not introduce itself yet.
-    pub(super) async fn start_unannounced(setting: NodeOptions) -> Self {
-        Self::start_serving(setting, None).await
+    pub(super) async fn start_unannounced(options: NodeOptions) -> Self {
+        Self::start_serving(options, None).await
     }
 
     /// Starts a node with a range server.
-    pub(super) async fn start_serving(setting: NodeOptions, server: Option<Arc<dyn RangeServer>>) -> Self {
-        let NodeOptions { name, identity, listen, admission, limits, versions, network } = setting;
+    pub(super) async fn start_serving(options: NodeOptions, server: Option<Arc<dyn RangeServer>>) -> Self {
+        let NodeOptions { name, identity, listen, admission, limits, versions, network } = options;
         let (shared_in, shared_key) = watch::channel(None);
-        let (metrics, table) = (Metrics::new(), SharedInventory::default());
+        let (metrics, inventory) = (Metrics::new(), SharedInventory::default());
         let (mesh, task, address) = start_with_options(
             Config { listen },
             name.clone(),
             &identity,
-            table.clone(),
+            inventory.clone(),
             Arc::new(admission),
             metrics.clone(),
             MeshOptions { rate_limits: limits, versions },
@@ -175,13 +175,13 @@ impl MeshTestNode {
         .await
         .unwrap();
         let task = server.into_iter().fold(task, MeshTask::with_range_server);
-        let (sender, mut news) = mpsc::channel(4);
+        let (sender, mut events) = mpsc::channel(4);
         let stop = CancellationToken::new();
         let peers_up = Arc::new(Mutex::new(Vec::new()));
         let (me, up_events, known) = (identity.peer_id(), Arc::clone(&peers_up), network.clone());
         tokio::spawn(async move {
-            while let Some(news) = news.recv().await {
-                match news {
+            while let Some(event) = events.recv().await {
+                match event {
                     MembershipEvent::Up(peer) => up_events.lock().unwrap().push(peer.id),
                     MembershipEvent::Down(_) => {}
                     MembershipEvent::Handshake(peer) => known.connect(me, peer.id).await,
@@ -190,7 +190,7 @@ impl MeshTestNode {
             }
         });
         let task = tokio::spawn(task.run(sender, stop.clone()));
-        Self { name, identity, mesh, address, metrics, table, network, peers_up, shared_key, stop, task }
+        Self { name, identity, mesh, address, metrics, inventory, network, peers_up, shared_key, stop, task }
     }
 
     /// Introduces the node with the address where peers can dial.
@@ -208,29 +208,29 @@ impl MeshTestNode {
     }
 
     /// Waits until the inventory satisfies `so`.
-    pub(super) async fn until(&self, what: &str, so: impl Fn(&Inventory) -> bool) {
-        let mut changes = self.table.changes();
-        within_deadline(what, changes.wait_for(|_| self.table.read(&so))).await.unwrap();
+    pub(super) async fn until(&self, what: &str, condition: impl Fn(&Inventory) -> bool) {
+        let mut changes = self.inventory.changes();
+        within_deadline(what, changes.wait_for(|_| self.inventory.read(&condition))).await.unwrap();
     }
 
     pub(super) async fn until_up(&self, peer: PeerId) {
-        self.until("the peer is up", |table| table.peers().iter().any(|one| one.id == peer)).await;
+        self.until("the peer is up", |inventory| inventory.peers().iter().any(|one| one.id == peer)).await;
     }
 
     pub(super) async fn until_alone(&self) {
-        self.until("all peers are down", |table| table.peers().is_empty()).await;
+        self.until("all peers are down", |inventory| inventory.peers().is_empty()).await;
     }
 
     pub(super) async fn until_provides(&self, peer: PeerId, digest: Digest) {
-        self.until("the blob is announced", |table| table.blob_providers(digest).contains(&peer)).await;
+        self.until("the blob is announced", |inventory| inventory.blob_providers(digest).contains(&peer)).await;
     }
 
     pub(super) fn items_of(&self, peer: PeerId) -> usize {
-        self.table.read(|table| table.items_of(peer))
+        self.inventory.read(|inventory| inventory.items_of(peer))
     }
 
     pub(super) fn providers(&self, digest: Digest) -> Vec<PeerId> {
-        self.table.read(|table| table.blob_providers(digest))
+        self.inventory.read(|inventory| inventory.blob_providers(digest))
     }
 
     pub(super) async fn announce(&self, digest: Digest) {

@@ -47,8 +47,8 @@ async fn provider(network: &TestNetwork, server: Arc<dyn RangeServer>) -> MeshTe
     serving(NodeOptions { network: network.clone(), ..NodeOptions::default() }, server).await
 }
 
-async fn serving(setting: NodeOptions, server: Arc<dyn RangeServer>) -> MeshTestNode {
-    let node = MeshTestNode::start_serving(setting, Some(server)).await;
+async fn serving(options: NodeOptions, server: Arc<dyn RangeServer>) -> MeshTestNode {
+    let node = MeshTestNode::start_serving(options, Some(server)).await;
     node.introduce(node.address).await;
     node
 }
@@ -86,21 +86,21 @@ async fn a_neighbor_sends_the_range_of_a_blob_that_was_requested() {
 }
 
 #[tokio::test]
-async fn a_peer_without_a_connection_is_not_dialled_for_a_range() {
+async fn a_peer_without_a_connection_is_not_dialed_for_a_range() {
     let a = MeshTestNode::start(&TestNetwork::default()).await;
     let other = Identity::generate().peer_id();
-    let asked = within_deadline("an answer", a.mesh.request_range(other, get(Digest::of(b""), 0, 0))).await;
-    assert_eq!(asked, Err(RangeError::NotConnected));
+    let result = within_deadline("an answer", a.mesh.request_range(other, get(Digest::of(b""), 0, 0))).await;
+    assert_eq!(result, Err(RangeError::NotConnected));
 }
 
 #[tokio::test]
 async fn a_peer_that_was_not_admitted_gets_no_range() {
     let blob = content(10);
     let node = provider(&TestNetwork::default(), TestRangeServer::of(std::slice::from_ref(&blob))).await;
-    let mut stranger = RawPeer::start(&node).await;
-    stranger.dial(&node);
-    stranger.send_range_request(&node, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
-    let failure = stranger.until("the request fails", range_failure).await;
+    let mut unadmitted_peer = RawPeer::start(&node).await;
+    unadmitted_peer.dial(&node);
+    unadmitted_peer.send_range_request(&node, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
+    let failure = unadmitted_peer.until("the request fails", range_failure).await;
     assert!(matches!(failure, OutboundFailure::ConnectionClosed | OutboundFailure::DialFailure), "{failure:?}");
 }
 
@@ -132,8 +132,8 @@ async fn a_peer_whose_admission_is_revoked_gets_no_further_range() {
     network.remove(b.id());
     b.mesh.revoke_admission(a.id()).await;
     b.until_alone().await;
-    let refused = within_deadline("an end", a.mesh.request_range(b.id(), request())).await;
-    assert!(matches!(refused, Err(RangeError::NotConnected | RangeError::NoAnswer(_))), "{refused:?}");
+    let rejected = within_deadline("an end", a.mesh.request_range(b.id(), request())).await;
+    assert!(matches!(rejected, Err(RangeError::NotConnected | RangeError::NoAnswer(_))), "{rejected:?}");
 }
 
 #[tokio::test]
@@ -141,7 +141,7 @@ async fn invalid_long_or_too_many_range_requests_are_faults() {
     let ranges = RateLimit { burst: 4.0, per_second: 0.0 };
     let limits = NeighborRateLimits { ranges, ..NeighborRateLimits::DEFAULT };
     let a = serving(NodeOptions { limits, ..NodeOptions::default() }, TestRangeServer::of(&[])).await;
-    let mut culprit = RawPeer::known_to(&a).await;
+    let mut culprit = RawPeer::introduced_to(&a).await;
     let digest = Digest::of(b"");
     for (count, request) in
         [(1, wire::encode(&get(digest, 0, RANGE + 1)).unwrap()), (2, wire::encode(&Request::Follow(digest)).unwrap())]
@@ -164,15 +164,15 @@ async fn a_provider_reads_a_bounded_number_of_ranges_at_a_time() {
     let server = TestRangeServer::with(std::slice::from_ref(&blob), 0);
     let permits = Arc::clone(&server.permits);
     let a = provider(&TestNetwork::default(), server).await;
-    let mut greedy = RawPeer::known_to(&a).await;
-    let most = 2 * MAX_RANGES_OF_A_PEER;
-    assert!(most <= MAX_SERVED_RANGES);
-    for _ in 0..=most {
+    let mut greedy = RawPeer::introduced_to(&a).await;
+    let limit = 2 * MAX_RANGES_OF_A_PEER;
+    assert!(limit <= MAX_SERVED_RANGES);
+    for _ in 0..=limit {
         greedy.send_range_request(&a, wire::encode(&get(Digest::of(&blob), 0, 10)).unwrap());
     }
     assert_eq!(greedy.until("the request beyond the limit is rejected", response).await, Answer::Busy.into());
-    permits.add_permits(most);
-    for _ in 0..most {
+    permits.add_permits(limit);
+    for _ in 0..limit {
         assert_eq!(greedy.until("the other requests are served", response).await.bytes, blob);
     }
 }

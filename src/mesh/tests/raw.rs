@@ -17,7 +17,7 @@ use crate::wire;
 /// The bare libp2p stack, driven by the test. The peer answers each sync request with `Busy`.
 pub(super) struct RawPeer {
     identity: Identity,
-    pub(super) keys: GossipCrypto,
+    pub(super) crypto: GossipCrypto,
     pub(super) swarm: libp2p::Swarm<Behaviour>,
     address: SocketAddr,
 }
@@ -30,8 +30,8 @@ impl RawPeer {
             stack::build(&identity.keypair(), &TaskTracker::new(), &Metrics::new(), Versions::GOSSIP).unwrap();
         let port = bind(&mut swarm, ([127, 0, 0, 1], 0).into()).await.unwrap();
         swarm.behaviour_mut().admitted.allow_peer(libp2p_peer_id(node.id()));
-        let keys = GossipCrypto::new(identity.keypair(), Arc::new(DenyListAdmission::default()));
-        Self { identity, keys, swarm, address: ([127, 0, 0, 1], port).into() }
+        let crypto = GossipCrypto::new(identity.keypair(), Arc::new(DenyListAdmission::default()));
+        Self { identity, crypto, swarm, address: ([127, 0, 0, 1], port).into() }
     }
 
     /// Starts a peer that the node has admitted, with gossip ready.
@@ -47,7 +47,7 @@ impl RawPeer {
     }
 
     /// Starts a peer whose introduction the node has received.
-    pub(super) async fn known_to(node: &MeshTestNode) -> Self {
+    pub(super) async fn introduced_to(node: &MeshTestNode) -> Self {
         let mut raw = Self::admitted_by(node).await;
         let introduction = raw.introduction(1);
         raw.publish(&Gossip::Introduction(introduction));
@@ -66,7 +66,7 @@ impl RawPeer {
     }
 
     pub(super) fn introduction(&self, version: u64) -> Introduction {
-        introduction_of(&self.keys, self.peer(), version)
+        introduction_of(&self.crypto, self.peer(), version)
     }
 
     /// The first entry of the publisher's log, signed with this peer's key.
@@ -80,7 +80,7 @@ impl RawPeer {
             state: state_digest([&item]),
             signature: [0; 64].into(),
         };
-        head.signature = self.keys.sign(&head.signed_bytes());
+        head.signature = self.crypto.sign(&head.signed_bytes());
         LogEntry { head, changes }
     }
 
@@ -97,8 +97,8 @@ impl RawPeer {
         self.swarm.behaviour_mut().gossip.publish(stack::topic(Versions::GOSSIP.current()), payload).unwrap();
     }
 
-    pub(super) fn send_question(&mut self, node: &MeshTestNode, question: Vec<u8>) {
-        self.swarm.behaviour_mut().questions.send_request(&libp2p_peer_id(node.id()), question);
+    pub(super) fn send_sync_request(&mut self, node: &MeshTestNode, request: Vec<u8>) {
+        self.swarm.behaviour_mut().questions.send_request(&libp2p_peer_id(node.id()), request);
     }
 
     pub(super) fn send_range_request(&mut self, node: &MeshTestNode, request: Vec<u8>) {
@@ -148,11 +148,11 @@ impl RawPeer {
 }
 
 /// A signed introduction of the owner of `keys`.
-pub(super) fn introduction_of(keys: &GossipCrypto, peer: Peer, version: u64) -> Introduction {
+pub(super) fn introduction_of(crypto: &GossipCrypto, peer: Peer, version: u64) -> Introduction {
     let Peer { id, node, zone, transfer, gossip } = peer;
     let release = "0.0.1".parse().unwrap();
     let profile = Profile { peer: id, epoch: 1, version, node, zone, release, transfer, gossip };
     let mut introduction = Introduction { profile, credential: Credential::default(), signature: [0; 64].into() };
-    introduction.signature = keys.sign(&introduction.signed_bytes());
+    introduction.signature = crypto.sign(&introduction.signed_bytes());
     introduction
 }

@@ -45,9 +45,9 @@ fn the_canonical_form_is_stable() {
 fn state_and_change_digests_are_stable() {
     let blob = InventoryItem::Blob(digest(1));
     let state = "sha256:0a9056951067538353393ac945577e0f2155d94eb297cc84360be6102840ef81";
-    let held = [blob.clone(), image(None), image(Some("v1")), outage()];
-    assert_eq!(state_digest(&held).to_string(), state);
-    assert_eq!(state_digest(held.iter().rev().chain(&held)).to_string(), state, "order and repetition do not count");
+    let items = [blob.clone(), image(None), image(Some("v1")), outage()];
+    assert_eq!(state_digest(&items).to_string(), state);
+    assert_eq!(state_digest(items.iter().rev().chain(&items)).to_string(), state, "order and repetition do not count");
     let changes = [InventoryChange::Added(image(Some("v1"))), InventoryChange::Removed(blob)];
     let digest = "sha256:ff3c0e2b99fd3adeef71fbc3ab2466aee29712c014ad2101c056851f7dada062";
     assert_eq!(changes_digest(&changes).to_string(), digest);

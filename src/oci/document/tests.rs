@@ -103,8 +103,8 @@ fn a_parse_error_names_the_defect() {
         ),
         (r#"{"schemaVersion":2,"mediaType":"text/html","manifests":[]}"#.into(), "called \"text/html\""),
     ] {
-        let refused = Document::parse(json.as_bytes()).expect_err(&json).to_string();
-        assert!(refused.contains(reason), "{refused:?} does not say {reason:?}");
+        let message = Document::parse(json.as_bytes()).expect_err(&json).to_string();
+        assert!(message.contains(reason), "{message:?} does not say {reason:?}");
     }
 }
 

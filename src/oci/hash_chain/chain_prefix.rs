@@ -13,8 +13,8 @@ pub struct ChainPrefix {
 
 impl ChainPrefix {
     /// A prefix without states.
-    pub fn new(cut: PieceLayout) -> Self {
-        Self { layout: cut, states: Vec::new() }
+    pub fn new(layout: PieceLayout) -> Self {
+        Self { layout, states: Vec::new() }
     }
 
     /// Appends states; more states than the blob has are dropped.
@@ -43,6 +43,6 @@ impl ChainPrefix {
     }
 
     fn start_state(&self, piece: usize) -> HashState {
-        piece.checked_sub(1).and_then(|place| self.states.get(place)).copied().unwrap_or(HashState::INITIAL)
+        piece.checked_sub(1).and_then(|index| self.states.get(index)).copied().unwrap_or(HashState::INITIAL)
     }
 }

@@ -41,15 +41,15 @@ impl PieceHasher {
 
     /// Whether the hashed bytes are the piece, according to this chain.
     pub fn is_valid_for(self, chain: &HashChain) -> bool {
-        let began = self.has_start_state_of(chain);
-        let Self { piece, hash: running, .. } = self;
-        let (cut, taken) = (chain.layout(), running.taken());
-        if !began || piece >= cut.piece_count() || taken != cut.piece_length(piece) {
+        let is_start_valid = self.has_start_state_of(chain);
+        let Self { piece, hash, .. } = self;
+        let (layout, taken) = (chain.layout(), hash.taken());
+        if !is_start_valid || piece >= layout.piece_count() || taken != layout.piece_length(piece) {
             return false;
         }
         match chain.states().get(piece) {
-            Some(after) => running.state() == *after,
-            None => running.finish(cut.size()) == chain.digest(),
+            Some(after) => hash.state() == *after,
+            None => hash.finish(layout.size()) == chain.digest(),
         }
     }
 }
@@ -87,7 +87,7 @@ impl PieceVerifier {
 
     /// Whether the piece was recorded as valid.
     pub fn has_piece(&self, piece: usize) -> bool {
-        self.valid.get(piece).is_some_and(|fitted| *fitted)
+        self.valid.get(piece).is_some_and(|valid| *valid)
     }
 
     /// The proof, when every piece is valid: the first state is SHA-256's own and the last link

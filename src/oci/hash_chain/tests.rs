@@ -16,8 +16,8 @@ fn chain_of(blob: &[u8], piece: u64) -> HashChain {
     builder.finish().unwrap()
 }
 
-fn piece_of(blob: &[u8], cut: PieceLayout, piece: usize) -> &[u8] {
-    &blob[cut.offset(piece) as usize..][..cut.piece_length(piece) as usize]
+fn piece_of(blob: &[u8], layout: PieceLayout, piece: usize) -> &[u8] {
+    &blob[layout.offset(piece) as usize..][..layout.piece_length(piece) as usize]
 }
 
 #[test]
@@ -54,13 +54,13 @@ fn a_changed_misplaced_or_short_piece_is_invalid() {
 fn a_forged_hash_chain_fails_at_both_links_of_the_changed_state() {
     let blob = bytes(64 * 9, 5);
     let honest = chain_of(&blob, 64);
-    for place in 0..honest.states().len() {
+    for index in 0..honest.states().len() {
         let mut states = honest.states().to_vec();
-        states[place].0[3] ^= 1;
+        states[index].0[3] ^= 1;
         let forged = HashChain::unverified(honest.digest(), honest.layout(), states).unwrap();
         let broken: Vec<_> =
             (0..9).filter(|piece| !forged.is_valid_piece(*piece, piece_of(&blob, forged.layout(), *piece))).collect();
-        assert_eq!(broken, [place, place + 1], "the links on both sides of the state");
+        assert_eq!(broken, [index, index + 1], "the links on both sides of the state");
     }
 }
 
@@ -71,15 +71,15 @@ fn a_single_piece_identifies_the_forged_hash_chain() {
     let mut states = honest.states().to_vec();
     (states[2].0[0], states[6].0[0]) = (1, 1);
     let forged = HashChain::unverified(honest.digest(), honest.layout(), states).unwrap();
-    let dispute = ChainConflict::between(&honest, &forged).unwrap();
-    assert_eq!(dispute.piece(), 7);
+    let conflict = ChainConflict::between(&honest, &forged).unwrap();
+    assert_eq!(conflict.piece(), 7);
     let piece = piece_of(&blob, honest.layout(), 7);
-    assert_eq!(dispute.resolve(&honest, &forged, piece), ConflictOutcome::First);
+    assert_eq!(conflict.resolve(&honest, &forged, piece), ConflictOutcome::First);
     assert_eq!(
         ChainConflict::between(&forged, &honest).unwrap().resolve(&forged, &honest, piece),
         ConflictOutcome::Second
     );
-    assert_eq!(dispute.resolve(&honest, &forged, &[0; 64]), ConflictOutcome::Neither);
+    assert_eq!(conflict.resolve(&honest, &forged, &[0; 64]), ConflictOutcome::Neither);
     assert_eq!(ChainConflict::between(&honest, &honest.clone()), None);
 }
 
@@ -116,9 +116,9 @@ fn the_piece_size_grows_with_the_blob_size() {
         (10_240 * MIB, 8 * MIB),
         (u64::from(u32::MAX) * MIB, (u64::from(u32::MAX) * MIB).div_ceil(MAX_PIECES).next_multiple_of(64)),
     ] {
-        let cut = PieceLayout::for_size(size);
-        assert_eq!(cut.piece_size, piece, "of {size} bytes");
-        assert_eq!(PieceLayout::new(cut.size, cut.piece_size), Ok(cut));
+        let layout = PieceLayout::for_size(size);
+        assert_eq!(layout.piece_size, piece, "of {size} bytes");
+        assert_eq!(PieceLayout::new(layout.size, layout.piece_size), Ok(layout));
     }
 }
 
@@ -145,8 +145,8 @@ proptest! {
         blocks in 1u64..6,
         parts in prop::collection::vec(1usize..150, 1..40),
     ) {
-        let cut = PieceLayout::new(blob.len() as u64, blocks * 64).unwrap();
-        let mut builder = HashChainBuilder::new(cut);
+        let layout = PieceLayout::new(blob.len() as u64, blocks * 64).unwrap();
+        let mut builder = HashChainBuilder::new(layout);
         let mut rest = &blob[..];
         for part in parts.iter().cycle() {
             let (now, later) = rest.split_at(rest.len().min(*part));
@@ -159,8 +159,8 @@ proptest! {
         let chain = builder.finish().unwrap();
         prop_assert_eq!(chain.digest(), Digest::of(&blob));
         prop_assert_eq!(&chain, &chain_of(&blob, blocks * 64));
-        for piece in 0..cut.piece_count() {
-            prop_assert!(chain.is_valid_piece(piece, piece_of(&blob, cut, piece)));
+        for piece in 0..layout.piece_count() {
+            prop_assert!(chain.is_valid_piece(piece, piece_of(&blob, layout, piece)));
         }
     }
 }
@@ -168,33 +168,33 @@ proptest! {
 #[test]
 fn valid_pieces_in_any_order_prove_the_blob_and_duplicates_count_once() {
     let blob = bytes(1000, 3);
-    let cut = PieceLayout::new(1000, 192).unwrap();
+    let layout = PieceLayout::new(1000, 192).unwrap();
     let chain = Arc::new(chain_of(&blob, 192));
-    let mut proving = PieceVerifier::new(Arc::clone(&chain));
+    let mut verifier = PieceVerifier::new(Arc::clone(&chain));
     for piece in [5, 0, 3, 3, 1, 4] {
         let mut hasher = chain.hasher(piece);
-        piece_of(&blob, cut, piece).chunks(7).for_each(|part| hasher.update(part));
-        assert!(proving.record(hasher) && proving.has_piece(piece));
-        assert!(proving.proof().is_none());
+        piece_of(&blob, layout, piece).chunks(7).for_each(|part| hasher.update(part));
+        assert!(verifier.record(hasher) && verifier.has_piece(piece));
+        assert!(verifier.proof().is_none());
     }
     let mut wrong = chain.hasher(2);
-    wrong.update(piece_of(&blob, cut, 1));
-    assert!(!proving.record(wrong) && !proving.has_piece(2));
+    wrong.update(piece_of(&blob, layout, 1));
+    assert!(!verifier.record(wrong) && !verifier.has_piece(2));
     let mut right = chain.hasher(2);
-    right.update(piece_of(&blob, cut, 2));
-    assert!(proving.record(right));
-    let proof = proving.proof().unwrap();
+    right.update(piece_of(&blob, layout, 2));
+    assert!(verifier.record(right));
+    let proof = verifier.proof().unwrap();
     assert_eq!((proof.digest(), proof.size()), (Digest::of(&blob), 1000));
 }
 
 #[test]
 fn a_byte_range_contains_only_whole_pieces() {
-    let cut = PieceLayout::new(1000, 192).unwrap();
-    assert_eq!(cut.pieces_within(0..1000), 0..6);
-    assert_eq!(cut.pieces_within(1..960), 1..5);
-    assert_eq!(cut.pieces_within(960..1000), 5..6);
-    assert_eq!(cut.pieces_within(960..999), 5..5);
-    assert!(cut.pieces_within(5000..6000).is_empty());
+    let layout = PieceLayout::new(1000, 192).unwrap();
+    assert_eq!(layout.pieces_within(0..1000), 0..6);
+    assert_eq!(layout.pieces_within(1..960), 1..5);
+    assert_eq!(layout.pieces_within(960..1000), 5..6);
+    assert_eq!(layout.pieces_within(960..999), 5..5);
+    assert!(layout.pieces_within(5000..6000).is_empty());
 }
 
 #[test]
@@ -207,26 +207,26 @@ fn a_state_reads_back_from_its_bytes() {
 fn a_chain_prefix_verifies_exactly_the_pieces_that_the_prefix_covers() {
     let blob = bytes(64 * 10 + 7, 3);
     let chain = chain_of(&blob, 128);
-    let cut = chain.layout();
-    let mut beginning = ChainPrefix::new(cut);
-    assert!(beginning.hasher(0).is_none());
-    let hashed = |beginning: &ChainPrefix, piece: usize, bytes: &[u8]| {
-        let mut hasher = beginning.hasher(piece)?;
+    let layout = chain.layout();
+    let mut prefix = ChainPrefix::new(layout);
+    assert!(prefix.hasher(0).is_none());
+    let hashed = |prefix: &ChainPrefix, piece: usize, bytes: &[u8]| {
+        let mut hasher = prefix.hasher(piece)?;
         hasher.update(bytes);
-        Some(beginning.is_valid_piece(&hasher))
+        Some(prefix.is_valid_piece(&hasher))
     };
-    for (place, state) in chain.states().iter().enumerate() {
-        beginning.extend(&[*state]);
-        for piece in 0..=place {
-            let right = piece_of(&blob, cut, piece);
+    for (index, state) in chain.states().iter().enumerate() {
+        prefix.extend(&[*state]);
+        for piece in 0..=index {
+            let right = piece_of(&blob, layout, piece);
             let mut wrong = right.to_vec();
             wrong[piece] ^= 1;
-            assert_eq!(hashed(&beginning, piece, right), Some(true));
-            assert_eq!(hashed(&beginning, piece, &wrong), Some(false));
-            assert_eq!(hashed(&beginning, piece, &right[1..]), Some(false));
+            assert_eq!(hashed(&prefix, piece, right), Some(true));
+            assert_eq!(hashed(&prefix, piece, &wrong), Some(false));
+            assert_eq!(hashed(&prefix, piece, &right[1..]), Some(false));
         }
-        assert!(beginning.hasher(place + 1).is_none(), "the state after the piece is missing");
+        assert!(prefix.hasher(index + 1).is_none(), "the state after the piece is missing");
     }
-    beginning.extend(&[HashState::INITIAL; 10]);
-    assert!(beginning.hasher(cut.piece_count() - 1).is_none(), "the last piece has no state after it");
+    prefix.extend(&[HashState::INITIAL; 10]);
+    assert!(prefix.hasher(layout.piece_count() - 1).is_none(), "the last piece has no state after it");
 }

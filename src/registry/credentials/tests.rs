@@ -120,15 +120,15 @@ fn credentials_are_ordered_by_secret_and_then_by_the_longest_path() {
 
 #[test]
 fn an_invalid_secret_has_no_credentials_and_their_number_is_bounded() {
-    let here = repository("reg.test", "app");
+    let app_repository = repository("reg.test", "app");
     for text in ["", "[]", "{}", r#"{"auths":[]}"#, r#"{"auths":null}"#, "<html>"] {
-        assert_eq!(for_repository(&[PullSecret(text.into())], &here), [], "{text}");
+        assert_eq!(for_repository(&[PullSecret(text.into())], &app_repository), [], "{text}");
     }
     let one = |user: usize| secret(json!({ "reg.test": { "username": user.to_string(), "password": "p" } }));
     let many: Vec<_> = (0..100).map(one).collect();
-    assert_eq!(for_repository(&many, &here).len(), MAX_CREDENTIALS);
+    assert_eq!(for_repository(&many, &app_repository).len(), MAX_CREDENTIALS);
     let padded = [one(1).0, vec![b' '; MAX_SECRET]].concat();
-    assert_eq!(for_repository(&[PullSecret(padded)], &here), []);
+    assert_eq!(for_repository(&[PullSecret(padded)], &app_repository), []);
 }
 
 #[test]
@@ -172,8 +172,8 @@ proptest! {
 
     #[test]
     fn any_secret_is_read_without_a_panic(text in "\\PC{0,100}", key in "\\PC{0,40}") {
-        let here = repository("reg.test", "app");
-        for_repository(&[PullSecret(text.clone().into_bytes())], &here);
-        for_repository(&[secret(json!({ key: { "auth": text } }))], &here);
+        let app_repository = repository("reg.test", "app");
+        for_repository(&[PullSecret(text.clone().into_bytes())], &app_repository);
+        for_repository(&[secret(json!({ key: { "auth": text } }))], &app_repository);
     }
 }

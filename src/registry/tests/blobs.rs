@@ -29,7 +29,7 @@ async fn fetch_of(
 ) -> (String, Vec<u8>) {
     let mut sink = BufferSink::default();
     let result = client.fetch_blob(&app(server), Digest::of(BLOB), size, secrets, &mut sink).await;
-    let word = match result {
+    let outcome = match result {
         Ok(proof) => format!("{} bytes", proof.size()),
         Err(RegistryFetchError::Denied(_)) => "denied".into(),
         Err(RegistryFetchError::Gone(_)) => "gone".into(),
@@ -38,7 +38,7 @@ async fn fetch_of(
         Err(RegistryFetchError::WrongBytes { reason, .. }) => format!("wrong: {reason}"),
         Err(RegistryFetchError::Sink(error)) => panic!("{error}"),
     };
-    (word, sink.0)
+    (outcome, sink.0)
 }
 
 fn blob_reply() -> Reply {
@@ -59,7 +59,7 @@ async fn a_public_blob_is_fetched_without_a_secret() {
 
 #[tokio::test]
 async fn a_private_blob_is_fetched_with_the_right_secret() {
-    let server = HttpTestServer::start(|seen| match seen.header("authorization") == Some(&basic("b")) {
+    let server = HttpTestServer::start(|request| match request.header("authorization") == Some(&basic("b")) {
         true => blob_reply(),
         false => reply(401, &[("WWW-Authenticate", "Basic")], b""),
     });
@@ -73,9 +73,9 @@ async fn a_private_blob_is_fetched_with_the_right_secret() {
 #[tokio::test]
 async fn no_credential_is_sent_to_the_storage_behind_a_registry() {
     let storage = HttpTestServer::start(|_| blob_reply()).await;
-    let place = format!("http://{}/bucket?signature=s", storage.host_port());
-    let server = HttpTestServer::start(move |seen| match seen.header("authorization") {
-        Some(_) => reply(307, &[("Location", &place)], b""),
+    let location = format!("http://{}/bucket?signature=s", storage.host_port());
+    let server = HttpTestServer::start(move |request| match request.header("authorization") {
+        Some(_) => reply(307, &[("Location", &location)], b""),
         None => reply(401, &[("WWW-Authenticate", "Basic")], b""),
     });
     let server = server.await;
@@ -90,8 +90,8 @@ async fn a_denial_by_the_storage_is_no_denial_by_the_registry() {
         [(403, "down server_error"), (401, "down server_error"), (404, "gone"), (503, "down server_error")]
     {
         let storage = HttpTestServer::start(move |_| reply(status, &[("WWW-Authenticate", "Basic")], b"")).await;
-        let place = format!("http://{}/bucket", storage.host_port());
-        let server = HttpTestServer::start(move |_| reply(302, &[("Location", &place)], b"")).await;
+        let location = format!("http://{}/bucket", storage.host_port());
+        let server = HttpTestServer::start(move |_| reply(302, &[("Location", &location)], b"")).await;
         let answer = fetch(&client(), &server, &[secret(&server.host_port(), "user")]).await;
         assert_eq!(answer, (expected.into(), Vec::new()), "{status}");
     }
@@ -119,7 +119,7 @@ async fn each_status_of_a_blob_maps_to_its_error() {
 }
 
 #[tokio::test]
-async fn wrong_bytes_are_refused_and_at_most_the_blobs_size_is_written() {
+async fn wrong_bytes_are_rejected_and_at_most_the_blobs_size_is_written() {
     let undeclared = |body: &[u8]| [b"HTTP/1.1 200 OK\r\n\r\n", body].concat();
     let chunked = |body: &[u8]| {
         let head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -140,8 +140,8 @@ async fn wrong_bytes_are_refused_and_at_most_the_blobs_size_is_written() {
         ("no HTTP", b"SSH-2.0-x\r\n".to_vec(), "wrong: a response that is not HTTP"),
     ] {
         let server = HttpTestServer::start(move |_| Reply::Bytes(answer.clone())).await;
-        let (word, written) = fetch(&client(), &server, &[]).await;
-        assert!(word.starts_with(expected), "{what}: {word}");
+        let (outcome, written) = fetch(&client(), &server, &[]).await;
+        assert!(outcome.starts_with(expected), "{what}: {outcome}");
         assert!(written.len() <= BLOB.len(), "{what}");
     }
     let server = HttpTestServer::start(move |_| Reply::Bytes(chunked(BLOB))).await;

@@ -4,7 +4,7 @@ use super::*;
 
 /// A server that replies to this authorization, and sends 401 with the challenge otherwise.
 fn requiring_authorization(authorization: String, challenge: String) -> impl Fn(&ReceivedRequest) -> Reply {
-    move |seen| match seen.header("authorization") == Some(&authorization) {
+    move |request| match request.header("authorization") == Some(&authorization) {
         true => digest_reply(),
         false => reply(401, &[("WWW-Authenticate", &challenge)], b""),
     }
@@ -15,7 +15,7 @@ fn bearer(realm: &str) -> String {
 }
 
 fn token_for(user: &'static str) -> impl Fn(&ReceivedRequest) -> Reply {
-    move |seen| match seen.header("authorization") == Some(&basic(user)) {
+    move |request| match request.header("authorization") == Some(&basic(user)) {
         true => reply(200, &[], br#"{"token":"t"}"#),
         false => reply(401, &[], b""),
     }
@@ -23,7 +23,7 @@ fn token_for(user: &'static str) -> impl Fn(&ReceivedRequest) -> Reply {
 
 /// The `Authorization` headers that a server received, in order.
 fn authorizations(server: &HttpTestServer) -> Vec<Option<String>> {
-    server.requests().iter().map(|seen| seen.header("authorization").map(str::to_owned)).collect()
+    server.requests().iter().map(|request| request.header("authorization").map(str::to_owned)).collect()
 }
 
 #[tokio::test]
@@ -53,7 +53,7 @@ async fn a_token_is_fetched_with_the_password_and_the_registry_receives_only_the
 
 #[tokio::test]
 async fn an_anonymous_token_is_requested_after_wrong_passwords() {
-    let tokens = HttpTestServer::start(|seen| match seen.header("authorization") {
+    let tokens = HttpTestServer::start(|request| match request.header("authorization") {
         None => reply(200, &[], br#"{"access_token":"t"}"#),
         Some(_) => reply(401, &[], b""),
     });
@@ -77,9 +77,9 @@ async fn an_identity_token_is_sent_in_a_form() {
     .await;
     let secret = json!({ "auths": { server.host_port(): { "identitytoken": "i&d" } } }).to_string();
     assert_eq!(resolve(&client(), &server, &[PullSecret(secret.into())]).await, Ok(digest()));
-    let seen = tokens.requests().remove(0);
-    assert_eq!(seen.request_line, "POST /");
-    let form: Vec<_> = url::form_urlencoded::parse(&seen.body).into_owned().collect();
+    let request = tokens.requests().remove(0);
+    assert_eq!(request.request_line, "POST /");
+    let form: Vec<_> = url::form_urlencoded::parse(&request.body).into_owned().collect();
     let parameter = |name: &str, value: &str| (name.to_owned(), value.to_owned());
     let expected = [
         parameter("scope", "repository:team/app:pull"),
@@ -93,7 +93,7 @@ async fn an_identity_token_is_sent_in_a_form() {
 
 #[tokio::test]
 async fn the_reply_to_the_first_accepted_credential_is_the_result() {
-    let server = HttpTestServer::start(|seen| match seen.header("authorization") {
+    let server = HttpTestServer::start(|request| match request.header("authorization") {
         Some(authorization) if authorization == basic("b") => reply(404, &[], b""),
         _ => reply(401, &[("WWW-Authenticate", "Basic")], b""),
     });
@@ -170,7 +170,7 @@ async fn a_secret_for_another_registry_is_not_sent() {
 async fn no_secret_follows_a_redirect() {
     let elsewhere = HttpTestServer::start(|_| digest_reply()).await;
     let location = format!("http://{}/blob", elsewhere.host_port());
-    let server = HttpTestServer::start(move |seen| match seen.header("authorization") {
+    let server = HttpTestServer::start(move |request| match request.header("authorization") {
         Some(_) => reply(307, &[("Location", &location)], b""),
         None => reply(401, &[("WWW-Authenticate", "Basic")], b""),
     });

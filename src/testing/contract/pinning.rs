@@ -5,15 +5,15 @@ use super::*;
 pub(super) async fn a_pin_protects_blobs_written_under_the_pin(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let (pin, other) = (store.pin(HOUR).await?, store.pin(HOUR).await?);
-    let (held, child) = (TestBlob::of("held", 1000), TestBlob::of("child of the held", 1000));
+    let (pinned, child) = (TestBlob::of("held", 1000), TestBlob::of("child of the held", 1000));
     child.write(store.as_ref(), &other, &[]).await?;
-    held.write(store.as_ref(), &pin, &[(&child, ChildKind::Layer)]).await?;
+    pinned.write(store.as_ref(), &pin, &[(&child, ChildKind::Layer)]).await?;
     store.release(other).await?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await? == digests(&[&held, &child]), "pinned content was collected")?;
+    ensure(list_digests(store.as_ref()).await? == digests(&[&pinned, &child]), "pinned content was collected")?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await?.is_empty(), "released content without a record is not collected")
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "released content without a record is not collected")
 }
 
 pub(super) async fn a_pin_protects_blobs_that_existed_before(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -58,11 +58,11 @@ pub(super) async fn a_renewed_pin_protects_earlier_and_later_blobs(subject: &mut
     after.write(store.as_ref(), &pin, &[]).await?;
     store.renew(&pin, HOUR).await?;
     subject.collect().await;
-    let found = listed(store.as_ref()).await?;
+    let found = list_digests(store.as_ref()).await?;
     ensure(found == digests(&[&before, &half, &after]), format!("after two renewals {found:?} are left"))?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await?.is_empty(), "a renewed pin holds content after its release")
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "a renewed pin holds content after its release")
 }
 
 pub(super) async fn a_renewed_pin_expires(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -101,15 +101,15 @@ pub(super) async fn added_metadata_replaces_nothing(subject: &mut dyn StoreUnder
     // images share a manifest.
     parent.write(store.as_ref(), &pin, &[(&layers[0], ChildKind::Layer), (&layers[1], ChildKind::Layer)]).await?;
     let more: Vec<_> = layers[2..].iter().map(|layer| (layer, ChildKind::Layer)).collect();
-    store.add_metadata(parent.digest, &remembered(&more)).await?;
-    store.add_metadata(parent.digest, &remembered(&[(&config, ChildKind::Config)])).await?;
-    store.add_metadata(parent.digest, &remembered(&[(&layers[5], ChildKind::Layer)])).await?;
+    store.add_metadata(parent.digest, &blob_metadata(&more)).await?;
+    store.add_metadata(parent.digest, &blob_metadata(&[(&config, ChildKind::Config)])).await?;
+    store.add_metadata(parent.digest, &blob_metadata(&[(&layers[5], ChildKind::Layer)])).await?;
     store.add_metadata(parent.digest, &BlobMetadata::default()).await?;
 
     store.put_image(&parent.record("example.org/remembers:1")).await?;
     store.release(pin).await?;
     subject.collect().await;
-    let found = listed(store.as_ref()).await?;
+    let found = list_digests(store.as_ref()).await?;
     let lost: Vec<_> = layers.iter().chain([&config, &parent]).filter(|blob| !found.contains(&blob.digest)).collect();
     ensure(lost.is_empty(), format!("{} of 14 blobs were collected", lost.len()))
 }
@@ -130,7 +130,7 @@ pub(super) async fn blobs_reachable_from_a_record_are_kept(subject: &mut dyn Sto
     store.put_image(&index.record("example.org/reached:1")).await?;
     store.release(pin).await?;
     subject.collect().await;
-    let found = listed(store.as_ref()).await?;
+    let found = list_digests(store.as_ref()).await?;
     ensure(found == digests(&[&index, &manifest, &config, &layer]), format!("left: {found:?}"))
 }
 
@@ -142,7 +142,7 @@ pub(super) async fn metadata_of_a_written_blob_is_listed(subject: &mut dyn Store
     child.write(store.as_ref(), &pin, &[]).await?;
     let mut writer = store.create(parent.digest, parent.size(), &pin).await?;
     writer.append(std::slice::from_ref(&parent.bytes)).await?;
-    let first = BlobMetadata { source: from("team/b"), ..remembered(&[(&child, ChildKind::Config)]) };
+    let first = BlobMetadata { source: from("team/b"), ..blob_metadata(&[(&child, ChildKind::Config)]) };
     writer.commit(parent.proof()?, &first).await?;
     store.add_metadata(parent.digest, &BlobMetadata { source: from("team/a"), children: Vec::new() }).await?;
 
@@ -181,7 +181,7 @@ pub(super) async fn a_discarded_blob_can_be_written_again(subject: &mut dyn Stor
     store.release(pin).await?;
     subject.collect().await;
     ensure(
-        listed(store.as_ref()).await? == digests(&[&parent, &child]),
+        list_digests(store.as_ref()).await? == digests(&[&parent, &child]),
         "the record does not hold the blob that was written again",
     )
 }

@@ -10,8 +10,8 @@ pub(super) async fn an_absent_blob_is_none(subject: &mut dyn StoreUnderTest) -> 
     ensure(store.images().await?.is_empty(), "an empty store lists images")?;
     let opened = store.open(blob.digest).await.map(|_| ());
     ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))?;
-    let remembered = store.add_metadata(blob.digest, &BlobMetadata::default()).await;
-    ensure(matches!(remembered, Err(StoreError::Absent(_))), format!("remember: {remembered:?}"))
+    let added = store.add_metadata(blob.digest, &BlobMetadata::default()).await;
+    ensure(matches!(added, Err(StoreError::Absent(_))), format!("remember: {added:?}"))
 }
 
 pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -54,13 +54,13 @@ async fn check_reads_at_any_offset(store: &dyn ContentStore, blob: &TestBlob) ->
     let mut reader = store.open(blob.digest).await?;
     let size = blob.bytes.len();
     for offset in [0, size / 2, size / 3, size.saturating_sub(1), size, size + 1, 1] {
-        for most in [0, 1, 1000, 1 << 20] {
-            let read = reader.read_at(offset as u64, most).await?;
+        for limit in [0, 1, 1000, 1 << 20] {
+            let read = reader.read_at(offset as u64, limit).await?;
             let rest = blob.bytes.get(offset..).unwrap_or_default();
-            ensure(read.len() <= most, format!("{} bytes for a read of at most {most}", read.len()))?;
+            ensure(read.len() <= limit, format!("{} bytes for a read of at most {limit}", read.len()))?;
             ensure(rest.starts_with(&read), format!("other bytes at {offset}"))?;
-            let at_end = most == 0 || rest.is_empty();
-            ensure(read.is_empty() == at_end, format!("{} bytes of {most} at {offset}", read.len()))?;
+            let at_end = limit == 0 || rest.is_empty();
+            ensure(read.is_empty() == at_end, format!("{} bytes of {limit} at {offset}", read.len()))?;
         }
     }
     Ok(())

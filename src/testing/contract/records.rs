@@ -23,7 +23,7 @@ pub(super) async fn a_record_replaces_the_record_of_the_same_name(subject: &mut 
     ensure(images == [new.record(name)], format!("records: {images:?}"))?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await? == digests(&[&new]), "the record still holds its former target")
+    ensure(list_digests(store.as_ref()).await? == digests(&[&new]), "the record still holds its former target")
 }
 
 pub(super) async fn a_record_is_removed_only_with_the_right_target(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -49,7 +49,10 @@ pub(super) async fn a_record_is_removed_only_with_the_right_target(subject: &mut
     let images = store.images().await?;
     ensure(images == [other], format!("left: {images:?}"))?;
     subject.collect().await;
-    ensure(listed(store.as_ref()).await? == digests(&[&kept]), "the target of the removed record is not collected")
+    ensure(
+        list_digests(store.as_ref()).await? == digests(&[&kept]),
+        "the target of the removed record is not collected",
+    )
 }
 
 pub(super) async fn concurrent_record_writes_all_succeed(subject: &mut dyn StoreUnderTest) -> CheckResult {

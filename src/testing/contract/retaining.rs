@@ -16,16 +16,16 @@ pub trait LeasingStore: StoreUnderTest {
 /// # Panics
 /// When the store violates the contract; the message names the check.
 pub async fn assert_layer_lease_contract<S: LeasingStore>(name: &str, make: impl AsyncFn() -> S) {
-    let mut broken = Vec::new();
+    let mut violations = Vec::new();
     for (check, run) in checks() {
         let subject = make().await;
         match tokio::time::timeout(DEADLINE, run(&subject)).await {
             Ok(Ok(())) => {}
-            Ok(Err(failure)) => broken.push(format!("{check}: {failure}")),
-            Err(_) => broken.push(format!("{check}: not done after {} s", DEADLINE.as_secs())),
+            Ok(Err(failure)) => violations.push(format!("{check}: {failure}")),
+            Err(_) => violations.push(format!("{check}: not done after {} s", DEADLINE.as_secs())),
         }
     }
-    assert!(broken.is_empty(), "{name} violates the contract:\n{}", broken.join("\n"));
+    assert!(violations.is_empty(), "{name} violates the contract:\n{}", violations.join("\n"));
 }
 
 type Check = for<'a> fn(&'a dyn LeasingStore) -> Pinned<Box<dyn Future<Output = CheckResult> + 'a>>;
@@ -142,7 +142,7 @@ async fn manifest_labels_decide_whether_layers_are_kept(subject: &dyn LeasingSto
     ensure(!leases.has_layer_references(manifest.digest).await?, "an absent manifest keeps layers")?;
     manifest.write(&*store, &pin, &[(&config, ChildKind::Config)]).await?;
     ensure(!leases.has_layer_references(manifest.digest).await?, "a manifest without labels of layers keeps them")?;
-    store.add_metadata(manifest.digest, &remembered(&[(&layer, ChildKind::Layer)])).await?;
+    store.add_metadata(manifest.digest, &blob_metadata(&[(&layer, ChildKind::Layer)])).await?;
     ensure(leases.has_layer_references(manifest.digest).await?, "a manifest whose labels name a layer does not keep it")
 }
 

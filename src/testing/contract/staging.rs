@@ -34,8 +34,8 @@ async fn read(staged: &dyn StagedBlob, range: Range<usize>) -> Result<Vec<u8>, V
     Ok(bytes)
 }
 
-fn covers(left: &[Range<u64>], range: &Range<usize>) -> bool {
-    left.iter().any(|part| part.start <= range.start as u64 && range.end as u64 <= part.end)
+fn covers(ranges: &[Range<u64>], range: &Range<usize>) -> bool {
+    ranges.iter().any(|part| part.start <= range.start as u64 && range.end as u64 <= part.end)
 }
 
 pub(super) async fn pieces_in_any_order_make_the_blob(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -76,7 +76,7 @@ pub(super) async fn a_staged_blob_is_invisible_before_the_commit(subject: &mut d
     write_backwards(&*staged, &blob).await?;
     subject.collect().await;
     ensure(!blob.is_in(store.as_ref()).await?, "a staged blob exists before its commit")?;
-    ensure(listed(store.as_ref()).await?.is_empty(), "a staged blob is listed before its commit")?;
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "a staged blob is listed before its commit")?;
     let opened = store.open(blob.digest).await.map(|_| ());
     ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))
 }
@@ -89,7 +89,7 @@ pub(super) async fn a_staged_blob_rejects_the_proof_of_another_blob(subject: &mu
     staged.write_at(0, std::slice::from_ref(&other.bytes)).await?;
     let committed = staged.commit(other.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("commit: {committed:?}"))?;
-    ensure(listed(store.as_ref()).await?.is_empty(), "a blob exists after the rejected commit")
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "a blob exists after the rejected commit")
 }
 
 pub(super) async fn writes_after_the_commit_are_rejected(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -123,10 +123,10 @@ async fn stage_second_half(
 /// Resumes from the written range and commits.
 async fn resume_and_commit(store: &dyn ContentStore, blob: &TestBlob, pin: &Pin, written: Range<usize>) -> CheckResult {
     let staged = store.stage(blob.digest, blob.size(), pin).await?;
-    let left = staged.resumed_ranges();
-    ensure(covers(&left, &written), format!("{written:?} was written, left is {left:?}"))?;
-    ensure(left.iter().all(|part| part.start < part.end && part.end <= blob.size()), format!("left is {left:?}"))?;
-    ensure(left.windows(2).all(|pair| pair[0].end < pair[1].start), format!("left is {left:?}"))?;
+    let ranges = staged.resumed_ranges();
+    ensure(covers(&ranges, &written), format!("{written:?} was written, left is {ranges:?}"))?;
+    ensure(ranges.iter().all(|part| part.start < part.end && part.end <= blob.size()), format!("left is {ranges:?}"))?;
+    ensure(ranges.windows(2).all(|pair| pair[0].end < pair[1].start), format!("left is {ranges:?}"))?;
     ensure(read(&*staged, written.clone()).await? == blob.bytes[written.clone()], "other bytes are left")?;
     staged.write_at(0, &[blob.bytes.slice(..written.start)]).await?;
     staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
@@ -139,7 +139,7 @@ pub(super) async fn a_dropped_staged_blob_is_resumed(subject: &mut dyn StoreUnde
     let blob = TestBlob::of("staged and dropped", SIZE);
     let (staged, written) = stage_second_half(store.as_ref(), &blob, &pin).await?;
     drop(staged);
-    ensure(listed(store.as_ref()).await?.is_empty(), "half of a blob is listed")?;
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "half of a blob is listed")?;
     resume_and_commit(store.as_ref(), &blob, &pin, written).await
 }
 
@@ -153,7 +153,7 @@ pub(super) async fn a_staged_blob_is_resumed_after_a_kill(subject: &mut dyn Stor
     subject.restart(UnfinishedWrite::Staged(unfinished)).await;
     subject.collect().await;
     let store = subject.store();
-    ensure(listed(store.as_ref()).await?.is_empty(), "half of a blob is listed after the kill")?;
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "half of a blob is listed after the kill")?;
     let pin = store.pin(HOUR).await?;
     resume_and_commit(store.as_ref(), &blob, &pin, written).await
 }
@@ -169,7 +169,7 @@ pub(super) async fn an_abandoned_staged_blob_is_not_resumed(subject: &mut dyn St
     let committed = staged.commit(blob.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("a commit of an abandoned blob: {committed:?}"))?;
     drop(staged);
-    ensure(listed(store.as_ref()).await?.is_empty(), "an abandoned blob is listed")?;
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "an abandoned blob is listed")?;
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     ensure(staged.resumed_ranges().is_empty(), format!("left is {:?}", staged.resumed_ranges()))?;
     write_backwards(&*staged, &blob).await?;
@@ -195,9 +195,9 @@ pub(super) async fn a_blob_is_staged_once_and_only_while_absent(subject: &mut dy
     store.release(pin).await?;
     subject.collect().await;
     ensure(blob.is_in(store.as_ref()).await?, "the second pin does not hold the existing blob")?;
-    let gone =
+    let unpinned =
         store.stage(TestBlob::of("staged without a pin", 10).digest, 10, &Pin("unknown".into())).await.map(|_| ());
-    ensure(matches!(gone, Err(StoreError::Other(_))), format!("staged under an unknown pin: {gone:?}"))
+    ensure(matches!(unpinned, Err(StoreError::Other(_))), format!("staged under an unknown pin: {unpinned:?}"))
 }
 
 pub(super) async fn a_pin_protects_blobs_staged_under_the_pin(subject: &mut dyn StoreUnderTest) -> CheckResult {
@@ -224,8 +224,8 @@ pub(super) async fn metadata_of_a_staged_blob_is_listed(subject: &mut dyn StoreU
     changes.mark_unchanged();
     let staged = store.stage(parent.digest, parent.size(), &pin).await?;
     staged.write_at(0, std::slice::from_ref(&parent.bytes)).await?;
-    let known = BlobMetadata { source: Some(source.clone()), ..remembered(&[(&child, ChildKind::Layer)]) };
-    staged.commit(parent.proof()?, &known).await?;
+    let metadata = BlobMetadata { source: Some(source.clone()), ..blob_metadata(&[(&child, ChildKind::Layer)]) };
+    staged.commit(parent.proof()?, &metadata).await?;
     ensure(changes.has_changed().unwrap_or_default(), "the change counter did not move after a commit")?;
     let expected = BlobInfo { digest: parent.digest, size: 300, sources: vec![source], has_children: true };
     let found = store.blob(parent.digest).await?;

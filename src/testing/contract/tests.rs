@@ -15,7 +15,7 @@ use crate::testing::MemoryStore;
 /// Forwards every call except for one defect.
 #[derive(Clone)]
 struct UnsoundStore {
-    sound: MemoryStore,
+    inner: MemoryStore,
     defect: Defect,
     /// Every blob that was ever staged.
     staged: Arc<Mutex<HashSet<Digest>>>,
@@ -56,7 +56,7 @@ enum Defect {
 }
 
 impl UnsoundStore {
-    fn shown(&self, blob: BlobInfo) -> BlobInfo {
+    fn reported_info(&self, blob: BlobInfo) -> BlobInfo {
         match self.defect {
             Defect::Showing => BlobInfo { sources: Vec::new(), has_children: false, ..blob },
             _ => blob,
@@ -69,99 +69,99 @@ impl ContentStore for UnsoundStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         let early = self.defect == Defect::Hiding && self.staged.lock().unwrap().contains(&digest);
         let early = early.then_some(BlobInfo { digest, size: 0, sources: Vec::new(), has_children: false });
-        Ok(self.sound.blob(digest).await?.map(|blob| self.shown(blob)).or(early))
+        Ok(self.inner.blob(digest).await?.map(|blob| self.reported_info(blob)).or(early))
     }
 
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
-        Ok(self.sound.blobs().await?.into_iter().map(|blob| self.shown(blob)).collect())
+        Ok(self.inner.blobs().await?.into_iter().map(|blob| self.reported_info(blob)).collect())
     }
 
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
-        self.sound.open(digest).await
+        self.inner.open(digest).await
     }
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        if self.defect == Defect::Pinning && self.sound.blob(digest).await?.is_some() {
+        if self.defect == Defect::Pinning && self.inner.blob(digest).await?.is_some() {
             return Err(StoreError::AlreadyExists(digest));
         }
-        self.sound.create(digest, size, pin).await
+        self.inner.create(digest, size, pin).await
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
-        if self.defect == Defect::Pinning && self.sound.blob(digest).await?.is_some() {
+        if self.defect == Defect::Pinning && self.inner.blob(digest).await?.is_some() {
             return Err(StoreError::AlreadyExists(digest));
         }
-        let sound = self.sound.stage(digest, size, pin).await?;
+        let inner = self.inner.stage(digest, size, pin).await?;
         self.staged.lock().unwrap().insert(digest);
-        Ok(Arc::new(UnsoundStagedBlob { sound, defect: self.defect, committed: AtomicBool::new(false) }))
+        Ok(Arc::new(UnsoundStagedBlob { inner, defect: self.defect, committed: AtomicBool::new(false) }))
     }
 
-    async fn add_metadata(&self, digest: Digest, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn add_metadata(&self, digest: Digest, metadata: &BlobMetadata) -> Result<(), StoreError> {
         if self.defect == Defect::Remembering {
-            return self.sound.add_metadata(digest, &BlobMetadata::default()).await;
+            return self.inner.add_metadata(digest, &BlobMetadata::default()).await;
         }
-        self.sound.add_metadata(digest, remembered).await
+        self.inner.add_metadata(digest, metadata).await
     }
 
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError> {
         match self.defect {
             Defect::Discarding => Ok(()),
-            Defect::Orphans => self.sound.discard(digest, &Pin("unknown".into())).await,
-            _ => self.sound.discard(digest, pin).await,
+            Defect::Orphans => self.inner.discard(digest, &Pin("unknown".into())).await,
+            _ => self.inner.discard(digest, pin).await,
         }
     }
 
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
-        self.sound.images().await
+        self.inner.images().await
     }
 
     async fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
-        if self.defect == Defect::Targets && self.sound.blob(record.target.digest).await?.is_none() {
+        if self.defect == Defect::Targets && self.inner.blob(record.target.digest).await?.is_none() {
             return Ok(());
         }
-        self.sound.put_image(record).await
+        self.inner.put_image(record).await
     }
 
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError> {
-        let named = self.sound.images().await?.into_iter().find(|record| record.name == name);
+        let named = self.inner.images().await?.into_iter().find(|record| record.name == name);
         match named {
             Some(record) if self.defect == Defect::Removing => {
-                self.sound.remove_image(name, record.target.digest).await
+                self.inner.remove_image(name, record.target.digest).await
             }
-            _ => self.sound.remove_image(name, target).await,
+            _ => self.inner.remove_image(name, target).await,
         }
     }
 
     async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
-        self.sound.snapshots(chain_id).await
+        self.inner.snapshots(chain_id).await
     }
 
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
-        self.sound.pin(life).await
+        self.inner.pin(life).await
     }
 
     async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError> {
         match self.defect {
             Defect::Renewing => Ok(()),
-            _ => self.sound.renew(pin, life).await,
+            _ => self.inner.renew(pin, life).await,
         }
     }
 
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
-        self.sound.release(pin).await
+        self.inner.release(pin).await
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
-        if self.defect == Defect::Counting { watch::channel(0).1 } else { self.sound.changes() }
+        if self.defect == Defect::Counting { watch::channel(0).1 } else { self.inner.changes() }
     }
 
     async fn disks(&self) -> Result<Disks, StoreError> {
-        self.sound.disks().await
+        self.inner.disks().await
     }
 }
 
 struct UnsoundStagedBlob {
-    sound: Arc<dyn StagedBlob>,
+    inner: Arc<dyn StagedBlob>,
     defect: Defect,
     committed: AtomicBool,
 }
@@ -169,31 +169,31 @@ struct UnsoundStagedBlob {
 #[async_trait]
 impl StagedBlob for UnsoundStagedBlob {
     fn resumed_ranges(&self) -> Vec<Range<u64>> {
-        if self.defect == Defect::Resuming { Vec::new() } else { self.sound.resumed_ranges() }
+        if self.defect == Defect::Resuming { Vec::new() } else { self.inner.resumed_ranges() }
     }
 
     async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
         if self.defect == Defect::Sealing && self.committed.load(Ordering::SeqCst) {
             return Ok(());
         }
-        self.sound.write_at(offset, chunks).await
+        self.inner.write_at(offset, chunks).await
     }
 
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        self.sound.read_at(offset, most).await
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
+        self.inner.read_at(offset, limit).await
     }
 
-    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(&self, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         self.committed.store(true, Ordering::SeqCst);
-        let nothing = BlobMetadata::default();
-        let remembered = if self.defect == Defect::Labels { &nothing } else { remembered };
-        let committed = self.sound.commit(proof, remembered).await;
+        let no_metadata = BlobMetadata::default();
+        let metadata = if self.defect == Defect::Labels { &no_metadata } else { metadata };
+        let committed = self.inner.commit(proof, metadata).await;
         if self.defect == Defect::Proofs { Ok(()) } else { committed }
     }
 
     async fn abandon(&self) {
         if self.defect != Defect::Abandoning {
-            self.sound.abandon().await;
+            self.inner.abandon().await;
         }
     }
 }
@@ -205,7 +205,7 @@ impl StoreUnderTest for UnsoundStore {
     }
 
     async fn collect(&self) {
-        self.sound.collect();
+        self.inner.collect();
     }
 
     async fn restart(&mut self, unfinished: UnfinishedWrite) {
@@ -248,10 +248,10 @@ async fn the_contract_detects_every_defect() {
         (Defect::Labels, &["metadata_of_a_staged_blob_is_listed: "]),
         (Defect::Renewing, &["a_renewed_pin_protects_earlier_and_later_blobs: ", "a_renewed_pin_expires: "]),
     ] {
-        let broken =
-            contract_violations(async || UnsoundStore { sound: MemoryStore::new(), defect, staged: Arc::default() })
+        let violations =
+            contract_violations(async || UnsoundStore { inner: MemoryStore::new(), defect, staged: Arc::default() })
                 .await;
-        assert_eq!(broken.len(), checks.len(), "{broken:?}");
-        assert!(checks.iter().zip(&broken).all(|(check, line)| line.starts_with(check)), "{broken:?}");
+        assert_eq!(violations.len(), checks.len(), "{violations:?}");
+        assert!(checks.iter().zip(&violations).all(|(check, line)| line.starts_with(check)), "{violations:?}");
     }
 }

@@ -23,23 +23,23 @@ pub trait UnpackingStore: StoreUnderTest {
 /// # Panics
 /// When the store violates the contract; the message names the check.
 pub async fn assert_unpacking_contract<S: UnpackingStore>(name: &str, make: impl AsyncFn() -> S) {
-    let broken = unpacking_violations(make).await;
-    assert!(broken.is_empty(), "{name} violates the contract:\n{}", broken.join("\n"));
+    let violations = unpacking_violations(make).await;
+    assert!(violations.is_empty(), "{name} violates the contract:\n{}", violations.join("\n"));
 }
 
 /// Runs every check on a new store. Returns one line per failure, which begins with the check's
 /// name.
 pub(super) async fn unpacking_violations<S: UnpackingStore>(make: impl AsyncFn() -> S) -> Vec<String> {
-    let mut broken = Vec::new();
+    let mut violations = Vec::new();
     for (name, check) in checks() {
         let subject = make().await;
         match tokio::time::timeout(DEADLINE, check(&subject)).await {
             Ok(Ok(())) => {}
-            Ok(Err(failure)) => broken.push(format!("{name}: {failure}")),
-            Err(_) => broken.push(format!("{name}: not done after {} s", DEADLINE.as_secs())),
+            Ok(Err(failure)) => violations.push(format!("{name}: {failure}")),
+            Err(_) => violations.push(format!("{name}: not done after {} s", DEADLINE.as_secs())),
         }
     }
-    broken
+    violations
 }
 
 type Check = for<'a> fn(&'a dyn UnpackingStore) -> Pinned<Box<dyn Future<Output = CheckResult> + 'a>>;
@@ -76,9 +76,9 @@ async fn image(
     subject: &dyn UnpackingStore,
     name: &str,
     layers: &[u64],
-    packing: Compression,
+    compression: Compression,
 ) -> Result<MadeImage, Violation> {
-    let recipe = Recipe { layers: layers.to_vec(), compression: packing, ..Recipe::default() };
+    let recipe = Recipe { layers: layers.to_vec(), compression, ..Recipe::default() };
     let seed = name.bytes().fold(0, |seed, byte| seed << 5 ^ seed >> 59 ^ u64::from(byte));
     Ok(make_image(&*subject.store(), &[format!("r.test/unpacked/{name}:1")], &recipe, seed).await?)
 }
@@ -96,7 +96,7 @@ async fn unpack_all(
     Ok(())
 }
 
-fn names(layers: &[StackedLayer]) -> BTreeSet<Digest> {
+fn chain_ids(layers: &[StackedLayer]) -> BTreeSet<Digest> {
     layers.iter().map(|layer| layer.chain_id).collect()
 }
 
@@ -122,10 +122,11 @@ async fn an_unpacked_layer_is_found_by_chain_id(subject: &dyn UnpackingStore) ->
 async fn every_compression_is_unpacked_under_the_chain_id(subject: &dyn UnpackingStore) -> CheckResult {
     let pin = subject.store().pin(HOUR).await?;
     let mut expected = BTreeSet::new();
-    for (name, packing) in [("plain", Compression::Plain), ("gzip", Compression::Gzip), ("zstd", Compression::Zstd)] {
-        let image = image(subject, name, &[300_000, 10], packing).await?;
+    for (name, compression) in [("plain", Compression::Plain), ("gzip", Compression::Gzip), ("zstd", Compression::Zstd)]
+    {
+        let image = image(subject, name, &[300_000, 10], compression).await?;
         unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
-        expected.extend(names(&image.layers));
+        expected.extend(chain_ids(&image.layers));
         ensure_unpacked(subject, expected.clone(), name).await?;
     }
     Ok(())
@@ -136,7 +137,7 @@ async fn an_unpacked_layer_is_not_unpacked_again(subject: &dyn UnpackingStore) -
     let image = image(subject, "twice", &[1000, 10], Compression::Gzip).await?;
     unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
     unpack_all(subject, &image, &pin, UnpackOutcome::AlreadyUnpacked).await?;
-    ensure_unpacked(subject, names(&image.layers), "twice").await
+    ensure_unpacked(subject, chain_ids(&image.layers), "twice").await
 }
 
 /// Both images have the same seed, so their first layers are the same.
@@ -145,15 +146,15 @@ async fn images_share_unpacked_layers(subject: &dyn UnpackingStore) -> CheckResu
     let base = image(subject, "shared", &[1000, 10], Compression::Gzip).await?;
     let more = image(subject, "shared", &[1000, 10, 20], Compression::Gzip).await?;
     unpack_all(subject, &base, &pin, UnpackOutcome::Unpacked).await?;
-    let mut how = Vec::new();
+    let mut outcomes = Vec::new();
     for layer in &more.layers {
-        how.push(subject.unpacker().unpack(layer, &pin).await?);
+        outcomes.push(subject.unpacker().unpack(layer, &pin).await?);
     }
     ensure(
-        how == [UnpackOutcome::AlreadyUnpacked, UnpackOutcome::AlreadyUnpacked, UnpackOutcome::Unpacked],
-        format!("unpacked {how:?}"),
+        outcomes == [UnpackOutcome::AlreadyUnpacked, UnpackOutcome::AlreadyUnpacked, UnpackOutcome::Unpacked],
+        format!("unpacked {outcomes:?}"),
     )?;
-    ensure_unpacked(subject, names(&more.layers), "two images").await
+    ensure_unpacked(subject, chain_ids(&more.layers), "two images").await
 }
 
 async fn a_diff_id_mismatch_is_rejected_and_leaves_nothing(subject: &dyn UnpackingStore) -> CheckResult {
@@ -162,13 +163,13 @@ async fn a_diff_id_mismatch_is_rejected_and_leaves_nothing(subject: &dyn Unpacki
     let [base, top] = &image.layers[..] else { return ensure(false, "the image does not have two layers") };
     subject.unpacker().unpack(base, &pin).await?;
     let false_id = StackedLayer { diff_id: Digest::of(b"something else"), ..top.clone() };
-    let refused = subject.unpacker().unpack(&false_id, &pin).await;
-    let is_told = matches!(&refused, Err(UnpackError::DiffIdMismatch { expected, actual })
+    let rejected = subject.unpacker().unpack(&false_id, &pin).await;
+    let is_reported = matches!(&rejected, Err(UnpackError::DiffIdMismatch { expected, actual })
         if *expected == false_id.diff_id && *actual == top.diff_id.to_string());
-    ensure(is_told, format!("another diff ID: {refused:?}"))?;
-    ensure_unpacked(subject, names(&image.layers[..1]), "refused").await?;
+    ensure(is_reported, format!("another diff ID: {rejected:?}"))?;
+    ensure_unpacked(subject, chain_ids(&image.layers[..1]), "refused").await?;
     subject.unpacker().unpack(top, &pin).await?;
-    ensure_unpacked(subject, names(&image.layers), "the right layer afterwards").await
+    ensure_unpacked(subject, chain_ids(&image.layers), "the right layer afterwards").await
 }
 
 async fn an_absent_layer_is_an_error_and_leaves_nothing(subject: &dyn UnpackingStore) -> CheckResult {
@@ -195,7 +196,7 @@ async fn a_pin_protects_layers_unpacked_under_the_pin(subject: &dyn UnpackingSto
     let image = image(subject, "pinned", &[1000, 10], Compression::Gzip).await?;
     unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
     subject.collect().await;
-    ensure_unpacked(subject, names(&image.layers), "pinned").await?;
+    ensure_unpacked(subject, chain_ids(&image.layers), "pinned").await?;
     store.release(pin).await?;
     subject.collect().await;
     ensure_unpacked(subject, BTreeSet::new(), "released").await
@@ -211,7 +212,7 @@ async fn a_renewed_pin_protects_layers_unpacked_under_the_pin(subject: &dyn Unpa
     unpack_all(subject, &image, &pin, UnpackOutcome::Unpacked).await?;
     store.renew(&pin, HOUR).await?;
     subject.collect().await;
-    ensure_unpacked(subject, names(&image.layers), "renewed").await?;
+    ensure_unpacked(subject, chain_ids(&image.layers), "renewed").await?;
     store.release(pin).await?;
     subject.collect().await;
     ensure_unpacked(subject, BTreeSet::new(), "released").await
@@ -225,7 +226,7 @@ async fn a_pin_protects_layers_unpacked_before(subject: &dyn UnpackingStore) -> 
     unpack_all(subject, &image, &second, UnpackOutcome::AlreadyUnpacked).await?;
     store.release(first).await?;
     subject.collect().await;
-    ensure_unpacked(subject, names(&image.layers), "held by the second pin").await
+    ensure_unpacked(subject, chain_ids(&image.layers), "held by the second pin").await
 }
 
 async fn a_kept_snapshot_lives_as_long_as_the_image(subject: &dyn UnpackingStore) -> CheckResult {
@@ -236,7 +237,7 @@ async fn a_kept_snapshot_lives_as_long_as_the_image(subject: &dyn UnpackingStore
     subject.unpacker().keep_snapshot(image.blobs[0].digest, image.layers[1].chain_id).await?;
     store.release(pin).await?;
     subject.collect().await;
-    ensure_unpacked(subject, names(&image.layers), "kept").await?;
+    ensure_unpacked(subject, chain_ids(&image.layers), "kept").await?;
     store.remove_image("r.test/unpacked/kept:1", image.target.digest).await?;
     subject.collect().await;
     ensure_unpacked(subject, BTreeSet::new(), "without the image").await
@@ -244,7 +245,7 @@ async fn a_kept_snapshot_lives_as_long_as_the_image(subject: &dyn UnpackingStore
 
 async fn an_absent_configuration_keeps_no_snapshot(subject: &dyn UnpackingStore) -> CheckResult {
     let absent = Digest::of(b"a configuration that is nowhere");
-    let kept = subject.unpacker().keep_snapshot(absent, Digest::of(b"top")).await;
-    let is_told = matches!(kept, Err(UnpackError::Store(StoreError::Absent(digest))) if digest == absent);
-    ensure(is_told, format!("an absent configuration: {kept:?}"))
+    let result = subject.unpacker().keep_snapshot(absent, Digest::of(b"top")).await;
+    let is_reported = matches!(result, Err(UnpackError::Store(StoreError::Absent(digest))) if digest == absent);
+    ensure(is_reported, format!("an absent configuration: {result:?}"))
 }

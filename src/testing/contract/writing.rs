@@ -15,13 +15,13 @@ pub(super) async fn a_dropped_writer_leaves_nothing(subject: &mut dyn StoreUnder
     ensure(!blob.is_in(store.as_ref()).await?, "half of a blob exists")?;
     let opened = store.open(blob.digest).await.map(|_| ());
     ensure(matches!(opened, Err(StoreError::Absent(_))), format!("open: {opened:?}"))?;
-    ensure(listed(store.as_ref()).await?.is_empty(), "half of a blob is listed")?;
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "half of a blob is listed")?;
 
     blob.write(store.as_ref(), &pin, &[]).await?;
     blob.check_content(store.as_ref()).await
 }
 
-pub(super) async fn a_proof_of_another_blob_is_refused(subject: &mut dyn StoreUnderTest) -> CheckResult {
+pub(super) async fn a_proof_of_another_blob_is_rejected(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
     let (wanted, other) = (TestBlob::of("wanted", 1000), TestBlob::of("not wanted", 1000));
@@ -29,10 +29,10 @@ pub(super) async fn a_proof_of_another_blob_is_refused(subject: &mut dyn StoreUn
     writer.append(std::slice::from_ref(&other.bytes)).await?;
     let committed = writer.commit(other.proof()?, &BlobMetadata::default()).await;
     ensure(matches!(committed, Err(StoreError::Other(_))), format!("commit: {committed:?}"))?;
-    ensure(listed(store.as_ref()).await?.is_empty(), "a blob exists after the rejected commit")
+    ensure(list_digests(store.as_ref()).await?.is_empty(), "a blob exists after the rejected commit")
 }
 
-pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn StoreUnderTest) -> CheckResult {
+pub(super) async fn a_blob_of_another_length_is_rejected(subject: &mut dyn StoreUnderTest) -> CheckResult {
     let store = subject.store();
     let pin = store.pin(HOUR).await?;
     let blob = TestBlob::of("length", 300_000);
@@ -46,7 +46,7 @@ pub(super) async fn a_blob_of_another_length_is_refused(subject: &mut dyn StoreU
             let committed = writer.commit(blob.proof()?, &BlobMetadata::default()).await;
             ensure(matches!(committed, Err(StoreError::Other(_))), format!("{what}: {committed:?}"))?;
         }
-        ensure(listed(store.as_ref()).await?.is_empty(), format!("{what}: the blob exists nevertheless"))?;
+        ensure(list_digests(store.as_ref()).await?.is_empty(), format!("{what}: the blob exists nevertheless"))?;
     }
     Ok(())
 }
@@ -61,11 +61,11 @@ pub(super) async fn a_blob_has_one_writer_at_a_time(subject: &mut dyn StoreUnder
 
     let second = tokio::time::timeout(Duration::from_secs(3), store.create(blob.digest, blob.size(), &pin)).await;
     // Waiting for the first writer is also correct.
-    let refused = match &second {
+    let is_rejected = match &second {
         Err(_) => true,
         Ok(answer) => matches!(answer, Err(StoreError::Busy(_))),
     };
-    ensure(refused, "one blob has two writers")?;
+    ensure(is_rejected, "one blob has two writers")?;
 
     first.append(&[end]).await?;
     first.commit(blob.proof()?, &BlobMetadata::default()).await?;
@@ -78,10 +78,10 @@ pub(super) async fn only_whole_blobs_survive_a_kill(subject: &mut dyn StoreUnder
     let record = named.record("example.org/kept:1");
     let unfinished = {
         let store = subject.store();
-        let brief = store.pin(HOUR).await?;
-        named.write(store.as_ref(), &brief, &[]).await?;
+        let first_pin = store.pin(HOUR).await?;
+        named.write(store.as_ref(), &first_pin, &[]).await?;
         store.put_image(&record).await?;
-        store.release(brief).await?;
+        store.release(first_pin).await?;
         let pin = store.pin(HOUR).await?;
         pinned.write(store.as_ref(), &pin, &[]).await?;
         let mut unfinished = store.create(half.digest, half.size(), &pin).await?;
@@ -92,7 +92,7 @@ pub(super) async fn only_whole_blobs_survive_a_kill(subject: &mut dyn StoreUnder
     subject.collect().await;
 
     let store = subject.store();
-    let found = listed(store.as_ref()).await?;
+    let found = list_digests(store.as_ref()).await?;
     ensure(found == digests(&[&named, &pinned]), format!("listed after the kill: {found:?}"))?;
     named.check_content(store.as_ref()).await?;
     let images = store.images().await?;

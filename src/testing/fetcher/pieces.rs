@@ -26,10 +26,10 @@ enum PeerBlob {
 }
 
 impl PeerBlob {
-    async fn read_at(&mut self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
         match self {
-            Self::Whole(reader) => reader.read_at(offset, most).await,
-            Self::Partial(partial) => partial.read_at(offset, most).await,
+            Self::Whole(reader) => reader.read_at(offset, limit).await,
+            Self::Partial(partial) => partial.read_at(offset, limit).await,
         }
     }
 
@@ -43,7 +43,12 @@ impl PeerBlob {
 
 impl MemoryFetcher {
     /// Opens the blob at a peer. [`Behaviour::Hangs`] hangs here.
-    async fn open(&self, peer: PeerId, digest: Digest, cut: PieceLayout) -> Result<(PeerBlob, Behaviour), FetchError> {
+    async fn open(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+    ) -> Result<(PeerBlob, Behaviour), FetchError> {
         let (store, behaviour) = self.peer(peer)?;
         if behaviour == Behaviour::Hangs {
             std::future::pending::<()>().await;
@@ -58,8 +63,8 @@ impl MemoryFetcher {
             Err(_) => return Err(FetchError::StoreFailed { peer }),
         };
         let actual_size = reader.size();
-        if actual_size != cut.size() {
-            let source = VerifyError::Size { expected: digest, expected_size: cut.size(), actual_size };
+        if actual_size != layout.size() {
+            let source = VerifyError::Size { expected: digest, expected_size: layout.size(), actual_size };
             return Err(FetchError::Corrupt { peer, source });
         }
         Ok((PeerBlob::Whole(reader), behaviour))
@@ -71,20 +76,20 @@ fn sent_bytes(is_wrong: bool, bytes: Bytes) -> Bytes {
     if is_wrong { bytes.iter().map(|byte| !byte).collect() } else { bytes }
 }
 
-fn is_wrong(behaviour: Behaviour, cut: PieceLayout, piece: u32) -> bool {
+fn is_wrong(behaviour: Behaviour, layout: PieceLayout, piece: u32) -> bool {
     match behaviour {
         Behaviour::Corrupts => true,
-        Behaviour::CorruptsPiece(spoilt) => piece == spoilt,
-        Behaviour::DiskCorrupted => cut.piece_count() > 1,
+        Behaviour::CorruptsPiece(corrupt) => piece == corrupt,
+        Behaviour::DiskCorrupted => layout.piece_count() > 1,
         _ => false,
     }
 }
 
 /// Pause of [`Behaviour::DripsChain`] before each state.
-const DRIP: Duration = Duration::from_secs(10);
+const DRIP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Time to hash 36 GB.
-const SLOW_CHAIN: Duration = Duration::from_secs(20);
+const SLOW_CHAIN_DELAY: Duration = Duration::from_secs(20);
 
 /// States that [`Behaviour::SendsChainSlowly`] sends at once.
 const PREFIX_STATES: usize = 2;
@@ -96,27 +101,27 @@ impl PieceFetcher for MemoryFetcher {
         &self,
         peer: PeerId,
         digest: Digest,
-        cut: PieceLayout,
-        heard: StateSink<'_>,
+        layout: PieceLayout,
+        sink: StateSink<'_>,
     ) -> Result<HashChain, FetchError> {
         self.chain_requests.fetch_add(1, Ordering::Relaxed);
-        let (held, behaviour) = self.open(peer, digest, cut).await?;
-        let mut reader = match held {
+        let (blob, behaviour) = self.open(peer, digest, layout).await?;
+        let mut reader = match blob {
             PeerBlob::Whole(reader) => reader,
             PeerBlob::Partial(partial) => {
                 let chain = partial.hash_chain();
-                heard(chain.states());
+                sink(chain.states());
                 return Ok((*chain).clone());
             }
         };
-        let mut builder = HashChainBuilder::new(cut);
+        let mut builder = HashChainBuilder::new(layout);
         let mut at = 0;
-        while at < cut.size() {
+        while at < layout.size() {
             let bytes = reader.read_at(at, CHUNK).await?;
             at += bytes.len() as u64;
             builder.update(&sent_bytes(behaviour == Behaviour::Corrupts, bytes));
         }
-        if behaviour == Behaviour::DiskCorrupted && cut.piece_count() > 1 {
+        if behaviour == Behaviour::DiskCorrupted && layout.piece_count() > 1 {
             return Err(FetchError::StoreFailed { peer });
         }
         let mut states = builder.states().to_vec();
@@ -126,17 +131,17 @@ impl PieceFetcher for MemoryFetcher {
             *state = HashState::INITIAL;
         }
         let (first, rest) = states.split_at(states.len().min(PREFIX_STATES));
-        heard(first);
+        sink(first);
         if behaviour == Behaviour::SendsChainSlowly {
-            tokio::time::sleep(SLOW_CHAIN).await;
+            tokio::time::sleep(SLOW_CHAIN_DELAY).await;
         }
         for state in rest {
             if behaviour == Behaviour::DripsChain {
-                tokio::time::sleep(DRIP).await;
+                tokio::time::sleep(DRIP_INTERVAL).await;
             }
-            heard(std::slice::from_ref(state));
+            sink(std::slice::from_ref(state));
         }
-        HashChain::unverified(digest, cut, states)
+        HashChain::unverified(digest, layout, states)
             .map_err(|error| FetchError::Protocol { peer, reason: error.to_string() })
     }
 
@@ -144,9 +149,9 @@ impl PieceFetcher for MemoryFetcher {
         &self,
         peer: PeerId,
         digest: Digest,
-        cut: PieceLayout,
+        layout: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
-        Ok(match self.open(peer, digest, cut).await?.0 {
+        Ok(match self.open(peer, digest, layout).await?.0 {
             PeerBlob::Whole(_) => Box::new(WholeBlobUpdates(false)),
             PeerBlob::Partial(partial) => {
                 Box::new(PartialBlobUpdates { peer, digest, changes: partial.changes(), partial, has_sent: false })
@@ -154,29 +159,29 @@ impl PieceFetcher for MemoryFetcher {
         })
     }
 
-    async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        let PieceRequest { peer, digest, layout: cut, .. } = *order;
+    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        let PieceRequest { peer, digest, layout, .. } = *request;
         self.record_request(peer);
-        let (mut held, behaviour) = self.open(peer, digest, cut).await?;
-        let choice: Vec<_> = order.pieces.iter().copied().filter(|piece| held.has(*piece)).collect();
-        for piece in choice.into_iter().take(order.limit.into()) {
+        let (mut blob, behaviour) = self.open(peer, digest, layout).await?;
+        let pieces: Vec<_> = request.pieces.iter().copied().filter(|piece| blob.has(*piece)).collect();
+        for piece in pieces.into_iter().take(request.limit.into()) {
             if !self.record_piece(peer) {
                 std::future::pending::<()>().await;
             }
-            let is_wrong = is_wrong(behaviour, cut, piece);
+            let is_wrong = is_wrong(behaviour, layout, piece);
             self.corrupt_pieces.fetch_add(usize::from(is_wrong), Ordering::Relaxed);
             sink.begin(piece);
             let (mut at, end) =
-                (cut.offset(piece as usize), cut.offset(piece as usize) + cut.piece_length(piece as usize));
+                (layout.offset(piece as usize), layout.offset(piece as usize) + layout.piece_length(piece as usize));
             while at < end {
-                let most = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
-                let bytes = held.read_at(at, most).await?;
+                let limit = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
+                let bytes = blob.read_at(at, limit).await?;
                 at += bytes.len() as u64;
                 sink.append(&[sent_bytes(is_wrong, bytes)]).await?;
                 // Other tasks run between chunks, as on a network.
                 tokio::task::yield_now().await;
             }
-            sink.end().await.map_err(|error| unfit(error, peer, digest, piece))?;
+            sink.end().await.map_err(|error| to_fetch_error(error, peer, digest, piece))?;
             self.record_served(peer, digest);
         }
         Ok(())
@@ -185,7 +190,7 @@ impl PieceFetcher for MemoryFetcher {
     fn keep_hash_chain(&self, _: Arc<HashChain>) {}
 }
 
-fn unfit(error: PieceError, peer: PeerId, digest: Digest, piece: u32) -> FetchError {
+fn to_fetch_error(error: PieceError, peer: PeerId, digest: Digest, piece: u32) -> FetchError {
     match error {
         PieceError::Mismatch => FetchError::PieceMismatch { peer, digest, piece: piece as usize },
         PieceError::Store(error) => FetchError::Sink(error),
@@ -217,9 +222,9 @@ struct PartialBlobUpdates {
 #[async_trait]
 impl PieceMapUpdates for PartialBlobUpdates {
     async fn next(&mut self) -> Result<PieceMapUpdate, FetchError> {
-        let gone = |_| FetchError::Absent { peer: self.peer, digest: self.digest };
+        let absent = |_| FetchError::Absent { peer: self.peer, digest: self.digest };
         if std::mem::replace(&mut self.has_sent, true) {
-            self.changes.changed().await.map_err(gone)?;
+            self.changes.changed().await.map_err(absent)?;
         }
         Ok(PieceMapUpdate::Map(self.partial.piece_map()))
     }

@@ -124,14 +124,18 @@ mod tests {
     fn compressed_archives_decompress_to_themselves() {
         for size in [1, GZIP_BLOCK, GZIP_BLOCK + 1, ZSTD_BLOCK, ZSTD_BLOCK + 1] {
             let archive = Bytes::from((0..size).map(|n| (n % 251) as u8).collect::<Vec<_>>());
-            for packing in [Compression::Plain, Compression::Gzip, Compression::Zstd] {
-                let packed = packing.compress(archive.clone());
-                assert_eq!(Compression::decompress(&packed).as_deref(), Some(&archive[..]), "{packing:?} of {size}");
-                if packing != Compression::Plain {
+            for compression in [Compression::Plain, Compression::Gzip, Compression::Zstd] {
+                let packed = compression.compress(archive.clone());
+                assert_eq!(
+                    Compression::decompress(&packed).as_deref(),
+                    Some(&archive[..]),
+                    "{compression:?} of {size}"
+                );
+                if compression != Compression::Plain {
                     assert_eq!(
                         Compression::decompress(&packed[..size / 2 + 4]),
                         None,
-                        "{packing:?} of {size}, cut off"
+                        "{compression:?} of {size}, cut off"
                     );
                 }
             }

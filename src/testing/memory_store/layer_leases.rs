@@ -33,9 +33,9 @@ impl MemoryStore {
 impl LayerLeases for MemoryStore {
     async fn layer_leases(&self) -> Result<Vec<LayerLease>, StoreError> {
         let state = self.state();
-        let lease = |(name, held): (&String, &PinState)| {
-            let LayerLeaseLabels { manifest, last_use, expires } = held.labels.clone()?;
-            let layers = held.blobs.iter().copied().collect();
+        let lease = |(name, pin_state): (&String, &PinState)| {
+            let LayerLeaseLabels { manifest, last_use, expires } = pin_state.labels.clone()?;
+            let layers = pin_state.blobs.iter().copied().collect();
             Some(LayerLease { pin: Pin(name.clone()), manifest, last_use, expires, layers })
         };
         Ok(state.pins.iter().filter_map(lease).collect())
@@ -52,15 +52,15 @@ impl LayerLeases for MemoryStore {
         let pin = Pin(format!("layers-{}", state.pins_made));
         let life = expires.duration_since(SystemTime::now()).unwrap_or_default();
         let labels = Some(LayerLeaseLabels { manifest, last_use, expires });
-        let held =
+        let pin_state =
             PinState { until: Instant::now().checked_add(life), blobs: HashSet::new(), labels, ..PinState::default() };
-        state.pins.insert(pin.0.clone(), held);
+        state.pins.insert(pin.0.clone(), pin_state);
         Ok(pin)
     }
 
     async fn add_layer(&self, pin: &Pin, layer: Digest) -> Result<(), StoreError> {
-        let gone = || StoreError::Other(format!("the lease {} is gone", pin.0));
-        self.state().pins.get_mut(&pin.0).ok_or_else(gone)?.blobs.insert(layer);
+        let unknown_lease = || StoreError::Other(format!("the lease {} is gone", pin.0));
+        self.state().pins.get_mut(&pin.0).ok_or_else(unknown_lease)?.blobs.insert(layer);
         Ok(())
     }
 

@@ -56,18 +56,18 @@ impl MemoryStore {
 impl State {
     /// Removes snapshots without a pin and without a blob that keeps them.
     pub(super) fn collect_snapshots(&mut self) {
-        let mut kept = HashSet::new();
-        let pinned = self.pins.values().flat_map(|held| &held.snapshots);
-        let mut open: Vec<Digest> =
+        let mut reachable = HashSet::new();
+        let pinned = self.pins.values().flat_map(|pin_state| &pin_state.snapshots);
+        let mut unvisited: Vec<Digest> =
             pinned.chain(self.blobs.values().filter_map(|blob| blob.top.as_ref())).copied().collect();
-        while let Some(chain_id) = open.pop() {
+        while let Some(chain_id) = unvisited.pop() {
             if let Some(parent) = self.snapshots.get(&chain_id)
-                && kept.insert(chain_id)
+                && reachable.insert(chain_id)
             {
-                open.extend(parent);
+                unvisited.extend(parent);
             }
         }
-        self.snapshots.retain(|chain_id, _| kept.contains(chain_id));
+        self.snapshots.retain(|chain_id, _| reachable.contains(chain_id));
     }
 }
 
@@ -83,8 +83,8 @@ impl Unpacker for MemoryStore {
 
     async fn unpack(&self, layer: &StackedLayer, pin: &Pin) -> Result<UnpackOutcome, UnpackError> {
         let mut state = self.state();
-        let gone = || StoreError::Other(format!("the pin {} is gone", pin.0));
-        state.pins.get_mut(&pin.0).ok_or_else(gone)?.snapshots.insert(layer.chain_id);
+        let unknown_pin = || StoreError::Other(format!("the pin {} is gone", pin.0));
+        state.pins.get_mut(&pin.0).ok_or_else(unknown_pin)?.snapshots.insert(layer.chain_id);
         if state.snapshots.contains_key(&layer.chain_id) {
             return Ok(UnpackOutcome::AlreadyUnpacked);
         }

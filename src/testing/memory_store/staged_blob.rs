@@ -49,8 +49,8 @@ pub(super) struct MemoryStagedBlob {
 }
 
 impl MemoryStagedBlob {
-    pub(super) fn new(store: MemoryStore, digest: Digest, parts: StagedBytes) -> Self {
-        Self { store, digest, resumed_ranges: parts.written.clone(), state: Mutex::new(Ok(parts)) }
+    pub(super) fn new(store: MemoryStore, digest: Digest, staged: StagedBytes) -> Self {
+        Self { store, digest, resumed_ranges: staged.written.clone(), state: Mutex::new(Ok(staged)) }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, Result<StagedBytes, Bytes>> {
@@ -70,55 +70,55 @@ impl StagedBlob for MemoryStagedBlob {
 
     async fn write_at(&self, offset: u64, chunks: &[Bytes]) -> Result<(), StoreError> {
         let mut state = self.state();
-        let parts = state.as_mut().map_err(|_| self.closed())?;
+        let staged = state.as_mut().map_err(|_| self.closed())?;
         let end = chunks.iter().fold(offset, |end, chunk| end.saturating_add(chunk.len() as u64));
-        if end > parts.size() {
-            return Err(StoreError::Other(format!("more than {} bytes for {}", parts.size(), self.digest)));
+        if end > staged.size() {
+            return Err(StoreError::Other(format!("more than {} bytes for {}", staged.size(), self.digest)));
         }
         let mut at = usize::try_from(offset).expect("within the blob");
         for chunk in chunks {
-            parts.bytes[at..at + chunk.len()].copy_from_slice(chunk);
+            staged.bytes[at..at + chunk.len()].copy_from_slice(chunk);
             at += chunk.len();
         }
         if end > offset {
-            parts.record(offset..end);
+            staged.record(offset..end);
         }
         Ok(())
     }
 
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
         let state = self.state();
         let bytes = match &*state {
-            Ok(parts) => &parts.bytes[..],
+            Ok(staged) => &staged.bytes[..],
             Err(bytes) => &bytes[..],
         };
         let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
-        let end = begin.saturating_add(most).min(bytes.len());
+        let end = begin.saturating_add(limit).min(bytes.len());
         Ok(Bytes::copy_from_slice(&bytes[begin..end]))
     }
 
-    async fn commit(&self, proof: BlobProof, remembered: &BlobMetadata) -> Result<(), StoreError> {
+    async fn commit(&self, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let mut state = self.state();
-        let parts = state.as_ref().map_err(|_| self.closed())?;
-        if proof.digest() != self.digest || proof.size() != parts.size() {
+        let staged = state.as_ref().map_err(|_| self.closed())?;
+        if proof.digest() != self.digest || proof.size() != staged.size() {
             let (proved, size) = (proof.digest(), proof.size());
             return Err(StoreError::Other(format!(
                 "the proof is for {size} bytes of {proved}, staged were {} of {}",
-                parts.size(),
+                staged.size(),
                 self.digest
             )));
         }
         // Detects a caller that wrote other bytes than it hashed.
-        let actual = Digest::of(&parts.bytes);
+        let actual = Digest::of(&staged.bytes);
         if actual != self.digest {
             return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
         }
-        let bytes = Bytes::from(parts.bytes.clone());
+        let bytes = Bytes::from(staged.bytes.clone());
         *state = Err(bytes.clone());
         let mut blob = MemoryBlob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
-        blob.add_metadata(remembered);
+        blob.add_metadata(metadata);
         self.store.state().blobs.insert(self.digest, blob);
-        self.store.changed();
+        self.store.record_change();
         Ok(())
     }
 
@@ -135,10 +135,10 @@ impl Drop for MemoryStagedBlob {
     fn drop(&mut self) {
         let mut store = self.store.state();
         store.writing.remove(&self.digest);
-        if let Ok(parts) = &*self.state()
-            && !parts.written.is_empty()
+        if let Ok(staged) = &*self.state()
+            && !staged.written.is_empty()
         {
-            store.staged.insert(self.digest, parts.clone());
+            store.staged.insert(self.digest, staged.clone());
         }
     }
 }

@@ -20,28 +20,28 @@ impl Shared {
     pub(super) async fn fetch_hash_chain(
         &self,
         wanted: BlobRequest,
-        cut: PieceLayout,
-        heard: StateSink<'_>,
+        layout: PieceLayout,
+        on_states: StateSink<'_>,
     ) -> Result<HashChain, FetchError> {
         let request = Request::HashChain(wanted.digest);
         let (answer, mut recv, _connection) = self.request(wanted.peer, wanted.digest, &request).await?;
         wanted.check_answer(&answer)?;
         let stall = self.timeouts.stall;
-        let slow = |_| wanted.stalled(stall.as_secs());
-        let expected = cut.piece_count() - 1;
-        let at_a_time = cut.pieces_within(0..MIN_HASHED_PER_STALL).len().max(1);
+        let on_timeout = |_| wanted.stalled(stall.as_secs());
+        let expected = layout.piece_count() - 1;
+        let states_per_read = layout.pieces_within(0..MIN_HASHED_PER_STALL).len().max(1);
         let mut states = Vec::with_capacity(expected);
         while states.len() < expected {
-            let mut bytes = vec![0; STATE_BYTES * at_a_time.min(expected - states.len())];
-            let read = timeout(stall, recv.read_exact(&mut bytes)).await.map_err(slow)?;
+            let mut bytes = vec![0; STATE_BYTES * states_per_read.min(expected - states.len())];
+            let read = timeout(stall, recv.read_exact(&mut bytes)).await.map_err(on_timeout)?;
             read.map_err(|error| wanted.too_short(error))?;
             let known = states.len();
             states.extend(bytes.as_chunks::<STATE_BYTES>().0.iter().map(|state| HashState::from_bytes(*state)));
-            heard(&states[known..]);
+            on_states(&states[known..]);
         }
-        let after = timeout(stall, recv.read_chunk(1, true)).await.map_err(slow)?;
+        let after = timeout(stall, recv.read_chunk(1, true)).await.map_err(on_timeout)?;
         match after.map_err(|error| wanted.read_failed(&error))? {
-            None => HashChain::unverified(wanted.digest, cut, states)
+            None => HashChain::unverified(wanted.digest, layout, states)
                 .map_err(|error| wanted.protocol_error(error.to_string())),
             Some(_) => Err(wanted.protocol_error(format!("sends more than {expected} states"))),
         }

@@ -21,14 +21,14 @@ struct HashChainSink<'a> {
     /// States that `on_states` got.
     reported: usize,
     /// States that `on_states` gets before the blob is verified.
-    most: usize,
+    max_reported: usize,
 }
 
 #[async_trait]
 impl BlobSink for HashChainSink<'_> {
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
         chunks.iter().for_each(|chunk| self.builder.update(chunk));
-        let known = self.builder.states().len().min(self.most);
+        let known = self.builder.states().len().min(self.max_reported);
         if known > self.reported {
             (self.on_states)(&self.builder.states()[self.reported..known]);
             self.reported = known;
@@ -42,15 +42,15 @@ impl Shared {
     pub(super) async fn hash_chain_by_get(
         &self,
         wanted: BlobRequest,
-        cut: PieceLayout,
-        heard: StateSink<'_>,
+        layout: PieceLayout,
+        on_states: StateSink<'_>,
     ) -> Result<HashChain, FetchError> {
-        let most = cut.piece_count().saturating_sub(2);
-        let mut sink = HashChainSink { builder: HashChainBuilder::new(cut), on_states: heard, reported: 0, most };
+        let max_reported = layout.piece_count().saturating_sub(2);
+        let mut sink = HashChainSink { builder: HashChainBuilder::new(layout), on_states, reported: 0, max_reported };
         self.fetch(wanted, &mut sink).await?;
-        let HashChainSink { builder, on_states: heard, reported: told, .. } = sink;
+        let HashChainSink { builder, on_states, reported, .. } = sink;
         let chain = builder.finish().ok_or_else(|| wanted.protocol_error("sends too few bytes".into()))?;
-        heard(&chain.states()[told..]);
+        on_states(&chain.states()[reported..]);
         Ok(chain)
     }
 
@@ -58,12 +58,12 @@ impl Shared {
     pub(super) async fn follow_by_have(
         &self,
         wanted: BlobRequest,
-        cut: PieceLayout,
+        layout: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
         let request = Request::Have(wanted.digest);
         let (answer, recv, connection) = self.request(wanted.peer, wanted.digest, &request).await?;
         match wanted.check_answer(&answer)? {
-            true => Ok(self.follow_whole_blob(wanted, cut, recv, connection)),
+            true => Ok(self.follow_whole_blob(wanted, layout, recv, connection)),
             false => Err(wanted.protocol_error(format!("answers {answer:?} to Have"))),
         }
     }
@@ -71,15 +71,15 @@ impl Shared {
     /// Fetches the requested pieces in the order of the request, as one range of the blob each.
     pub(super) async fn fetch_pieces_by_get(
         &self,
-        order: &PieceRequest,
+        request: &PieceRequest,
         sink: &mut dyn PieceSink,
     ) -> Result<(), FetchError> {
-        let wanted = BlobRequest { peer: order.peer, digest: order.digest, size: order.layout.size() };
-        let outbound = self.outbound_if_limited(order.peer, wanted.size);
+        let wanted = BlobRequest { peer: request.peer, digest: request.digest, size: request.layout.size() };
+        let outbound = self.outbound_if_limited(request.peer, wanted.size);
         let _permits = self.acquire_fetch_permits(outbound.as_deref()).await;
-        for piece in order.pieces.iter().take(usize::from(order.limit)) {
+        for piece in request.pieces.iter().take(usize::from(request.limit)) {
             self.fetch_piece_by_get(
-                &PieceRequest { pieces: vec![*piece], limit: 1, ..order.clone() },
+                &PieceRequest { pieces: vec![*piece], limit: 1, ..request.clone() },
                 wanted,
                 *piece,
                 sink,
@@ -91,12 +91,13 @@ impl Shared {
 
     async fn fetch_piece_by_get(
         &self,
-        order: &PieceRequest,
+        piece_request: &PieceRequest,
         wanted: BlobRequest,
         piece: u32,
         sink: &mut dyn PieceSink,
     ) -> Result<(), FetchError> {
-        let (offset, length) = (order.layout.offset(piece as usize), order.layout.piece_length(piece as usize));
+        let (offset, length) =
+            (piece_request.layout.offset(piece as usize), piece_request.layout.piece_length(piece as usize));
         let request = Request::Get { digest: wanted.digest, offset, length };
         // Held so that the connection counts as used.
         let (answer, mut recv, _connection) = self.request(wanted.peer, wanted.digest, &request).await?;
@@ -104,6 +105,6 @@ impl Shared {
             return Err(wanted.protocol_error(format!("answers {answer:?} to Get")));
         }
         sink.begin(piece);
-        self.receive_pieces(PieceStream::of_one_piece(order, wanted, piece), &mut recv, sink).await
+        self.receive_pieces(PieceStream::of_one_piece(piece_request, wanted, piece), &mut recv, sink).await
     }
 }

@@ -19,39 +19,39 @@ impl Shared {
     pub(super) async fn follow(
         &self,
         wanted: BlobRequest,
-        cut: PieceLayout,
+        layout: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
         let request = Request::Follow(wanted.digest);
         let (answer, recv, connection) = self.request(wanted.peer, wanted.digest, &request).await?;
-        let stage = if wanted.check_answer(&answer)? { FollowState::Whole } else { FollowState::Initial };
-        Ok(self.follow_stream(wanted, cut, recv, connection, stage))
+        let state = if wanted.check_answer(&answer)? { FollowState::Whole } else { FollowState::Initial };
+        Ok(self.follow_stream(wanted, layout, recv, connection, state))
     }
 
     /// Follows a peer that has the whole blob.
     pub(super) fn follow_whole_blob(
         &self,
         wanted: BlobRequest,
-        cut: PieceLayout,
+        layout: PieceLayout,
         recv: RecvStream,
         connection: SharedConnection,
     ) -> Box<dyn PieceMapUpdates> {
-        self.follow_stream(wanted, cut, recv, connection, FollowState::Whole)
+        self.follow_stream(wanted, layout, recv, connection, FollowState::Whole)
     }
 
     fn follow_stream(
         &self,
         wanted: BlobRequest,
-        cut: PieceLayout,
+        layout: PieceLayout,
         recv: RecvStream,
         connection: SharedConnection,
-        stage: FollowState,
+        state: FollowState,
     ) -> Box<dyn PieceMapUpdates> {
         let reader = PieceMapReader {
             wanted,
-            cut,
+            layout,
             recv,
             connection,
-            state: stage,
+            state,
             next_at: Instant::now(),
             versions: self.versions,
         };
@@ -72,7 +72,7 @@ impl PieceMapUpdates for PieceMapUpdateStream {
 
 struct PieceMapReader {
     wanted: BlobRequest,
-    cut: PieceLayout,
+    layout: PieceLayout,
     recv: RecvStream,
     /// Held so that the connection counts as used.
     connection: SharedConnection,
@@ -129,15 +129,15 @@ impl PieceMapReader {
 
     /// The whole map comes once, as the first update, and then added pieces, all within the blob.
     fn is_valid(&self, update: &PieceMapUpdate) -> bool {
-        let pieces = self.cut.piece_count();
+        let pieces = self.layout.piece_count();
         match update {
             PieceMapUpdate::Map(bits) => {
                 let fits = bits.0.len() <= pieces.div_ceil(8) && bits.ones().all(|piece| piece < pieces);
                 self.state == FollowState::Initial && fits
             }
-            PieceMapUpdate::Have(news) => {
-                let fits =
-                    (1..=MAX_HAVE_PIECES).contains(&news.len()) && news.iter().all(|piece| (*piece as usize) < pieces);
+            PieceMapUpdate::Have(added) => {
+                let fits = (1..=MAX_HAVE_PIECES).contains(&added.len())
+                    && added.iter().all(|piece| (*piece as usize) < pieces);
                 self.state == FollowState::Updates && fits
             }
             PieceMapUpdate::HaveAll => true,

@@ -15,17 +15,21 @@ use crate::wire::Request;
 
 impl Shared {
     /// Dropping the future stops the stream, and the provider sends no more.
-    pub(super) async fn fetch_pieces(&self, order: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        let PieceRequest { peer, digest, layout: cut, pieces: ref choice, limit: most } = *order;
-        debug_assert!(choice.len() <= MAX_REQUEST_PIECES && most > 0, "{most} of {} pieces", choice.len());
-        let wanted = BlobRequest { peer, digest, size: cut.size() };
-        let request = Request::Pieces { digest, pieces: choice.clone(), limit: most };
-        let outbound = self.outbound_if_limited(peer, cut.size());
+    pub(super) async fn fetch_pieces(
+        &self,
+        piece_request: &PieceRequest,
+        sink: &mut dyn PieceSink,
+    ) -> Result<(), FetchError> {
+        let PieceRequest { peer, digest, layout, ref pieces, limit } = *piece_request;
+        debug_assert!(pieces.len() <= MAX_REQUEST_PIECES && limit > 0, "{limit} of {} pieces", pieces.len());
+        let wanted = BlobRequest { peer, digest, size: layout.size() };
+        let request = Request::Pieces { digest, pieces: pieces.clone(), limit };
+        let outbound = self.outbound_if_limited(peer, layout.size());
         let _permits = self.acquire_fetch_permits(outbound.as_deref()).await;
         // Held so that the connection counts as used.
         let (answer, mut recv, _connection) = self.request(peer, digest, &request).await?;
         wanted.check_answer(&answer)?;
-        self.receive_pieces(PieceStream::new(order, wanted), &mut recv, sink).await
+        self.receive_pieces(PieceStream::new(piece_request, wanted), &mut recv, sink).await
     }
 
     /// Reads the bytes in batches, none of which spans two pieces. The sink hashes each batch on
@@ -42,7 +46,7 @@ impl Shared {
         let mut arrived = vec![Bytes::new(); BATCH_CHUNKS];
         let stall = self.timeouts.stall;
         let mut stall_timer = std::pin::pin!(sleep(stall));
-        let mut since_moved = 0;
+        let mut bytes_since_reset = 0;
         loop {
             let read = tokio::select! {
                 biased;
@@ -58,10 +62,10 @@ impl Shared {
             for chunk in &mut arrived[..read] {
                 stream.read_chunk(self, take(chunk), sink).await?;
             }
-            since_moved += bytes;
-            if since_moved >= MIN_BYTES_PER_STALL {
+            bytes_since_reset += bytes;
+            if bytes_since_reset >= MIN_BYTES_PER_STALL {
                 stall_timer.as_mut().reset(Instant::now() + stall);
-                since_moved = 0;
+                bytes_since_reset = 0;
             } else {
                 let deadline = stall_timer.deadline() + began.elapsed();
                 stall_timer.as_mut().reset(deadline);
@@ -73,7 +77,7 @@ impl Shared {
 
 /// The position in a stream of pieces.
 pub(super) struct PieceStream<'a> {
-    order: &'a PieceRequest,
+    request: &'a PieceRequest,
     wanted: BlobRequest,
     /// Requested pieces that have not arrived.
     missing: Vec<u32>,
@@ -91,12 +95,12 @@ enum StreamPosition {
 }
 
 impl<'a> PieceStream<'a> {
-    fn new(order: &'a PieceRequest, wanted: BlobRequest) -> Self {
+    fn new(request: &'a PieceRequest, wanted: BlobRequest) -> Self {
         let batch = Vec::with_capacity(BATCH_CHUNKS);
         Self {
-            order,
+            request,
             wanted,
-            missing: order.pieces.clone(),
+            missing: request.pieces.clone(),
             position: StreamPosition::Number([0; 4], 0),
             batch,
             batch_bytes: 0,
@@ -104,9 +108,9 @@ impl<'a> PieceStream<'a> {
     }
 
     /// For a stream with the bytes of one piece and no number. The request is for this piece alone.
-    pub(super) fn of_one_piece(order: &'a PieceRequest, wanted: BlobRequest, piece: u32) -> Self {
-        let part = StreamPosition::Piece(piece, order.layout.piece_length(piece as usize));
-        Self { missing: Vec::new(), position: part, ..Self::new(order, wanted) }
+    pub(super) fn of_one_piece(request: &'a PieceRequest, wanted: BlobRequest, piece: u32) -> Self {
+        let position = StreamPosition::Piece(piece, request.layout.piece_length(piece as usize));
+        Self { missing: Vec::new(), position, ..Self::new(request, wanted) }
     }
 
     async fn read_chunk(
@@ -117,21 +121,21 @@ impl<'a> PieceStream<'a> {
     ) -> Result<(), FetchError> {
         while !chunk.is_empty() {
             match &mut self.position {
-                StreamPosition::Number(number, known) => {
-                    let part = chunk.split_to(chunk.len().min(4 - *known));
-                    number[*known..][..part.len()].copy_from_slice(&part);
-                    *known += part.len();
-                    if *known == 4 {
+                StreamPosition::Number(number, filled) => {
+                    let bytes = chunk.split_to(chunk.len().min(4 - *filled));
+                    number[*filled..][..bytes.len()].copy_from_slice(&bytes);
+                    *filled += bytes.len();
+                    if *filled == 4 {
                         let piece = u32::from_be_bytes(*number);
                         self.position = StreamPosition::Piece(piece, self.begin_piece(piece)?);
                         sink.begin(piece);
                     }
                 }
                 StreamPosition::Piece(_, left) => {
-                    let part = chunk.split_to(usize::try_from(*left).unwrap_or(usize::MAX).min(chunk.len()));
-                    *left -= part.len() as u64;
-                    self.batch_bytes += part.len();
-                    self.batch.push(part);
+                    let bytes = chunk.split_to(usize::try_from(*left).unwrap_or(usize::MAX).min(chunk.len()));
+                    *left -= bytes.len() as u64;
+                    self.batch_bytes += bytes.len();
+                    self.batch.push(bytes);
                     if self.batch_bytes >= PIECE_BATCH || self.batch.len() == BATCH_CHUNKS {
                         self.append_batch(shared, sink).await?;
                     }
@@ -153,17 +157,17 @@ impl<'a> PieceStream<'a> {
     /// Checks that the piece was requested, has not arrived, and is not one too many. Returns its
     /// length.
     fn begin_piece(&mut self, piece: u32) -> Result<u64, FetchError> {
-        let PieceRequest { pieces: choice, limit: most, layout: cut, .. } = self.order;
-        let came = choice.len() - self.missing.len();
-        let Some(place) = self.missing.iter().position(|missing| *missing == piece) else {
-            let how = if choice.contains(&piece) { "twice" } else { "unrequested" };
+        let PieceRequest { pieces, limit, layout, .. } = self.request;
+        let received = pieces.len() - self.missing.len();
+        let Some(index) = self.missing.iter().position(|missing| *missing == piece) else {
+            let how = if pieces.contains(&piece) { "twice" } else { "unrequested" };
             return Err(self.wanted.protocol_error(format!("sends piece {piece} {how}")));
         };
-        if came == usize::from(*most) {
-            return Err(self.wanted.protocol_error(format!("sends more than {came} pieces")));
+        if received == usize::from(*limit) {
+            return Err(self.wanted.protocol_error(format!("sends more than {received} pieces")));
         }
-        self.missing.swap_remove(place);
-        Ok(cut.piece_length(piece as usize))
+        self.missing.swap_remove(index);
+        Ok(layout.piece_length(piece as usize))
     }
 
     async fn append_batch(&mut self, shared: &Shared, sink: &mut dyn PieceSink) -> Result<(), FetchError> {

@@ -44,21 +44,21 @@ impl Shared {
     ) -> Result<(), ServeError> {
         let mut sent = 0;
         loop {
-            let more = tokio::select! {
-                more = self.hash_chains.next_states(&pending, sent, &*self.store) => more?,
+            let batch = tokio::select! {
+                batch = self.hash_chains.next_states(&pending, sent, &*self.store) => batch?,
                 _ = stream.send.stopped() => return Err(ServeError::Left("before the hash chain was complete".into())),
             };
-            self.send_states(&more.states, stream).await?;
-            sent += more.states.len();
-            if more.is_end {
+            self.send_states(&batch.states, stream).await?;
+            sent += batch.states.len();
+            if batch.is_end {
                 return Ok(());
             }
         }
     }
 
     async fn send_states(&self, states: &[HashState], stream: &mut ResponseStream) -> Result<(), ServeError> {
-        for some in states.chunks(READ_BYTES / STATE_BYTES) {
-            let bytes: Vec<u8> = some.iter().flat_map(|state| state.to_bytes()).collect();
+        for chunk in states.chunks(READ_BYTES / STATE_BYTES) {
+            let bytes: Vec<u8> = chunk.iter().flat_map(|state| state.to_bytes()).collect();
             let written = timeout(self.timeouts.slow_reader, stream.send.write_chunk(bytes.into())).await;
             written.map_err(|_| ServeError::TooSlow)??;
         }

@@ -51,9 +51,11 @@ impl Shared {
     }
 
     async fn read_range(&self, digest: Digest, offset: u64, length: u64) -> Result<(Answer, Bytes), StoreError> {
-        let serving = self.serve_permits.try_acquire().ok();
+        let serve_permit = self.serve_permits.try_acquire().ok();
         let permit = if length > CHUNK { self.upload_limiter.try_acquire_permit().map(Some) } else { Some(None) };
-        let (Some(_serving), Some(_permit)) = (serving, permit) else { return Ok((Answer::Busy, Bytes::new())) };
+        let (Some(_serve_permit), Some(_permit)) = (serve_permit, permit) else {
+            return Ok((Answer::Busy, Bytes::new()));
+        };
         let mut reader = self.with_store_timeout(self.store.open(digest)).await?;
         let size = reader.size();
         let is_inside = offset.checked_add(length).is_some_and(|end| end <= size);
@@ -79,9 +81,9 @@ impl Shared {
             Some(HashChainLookup::Pending(pending)) => {
                 let mut states = Vec::new();
                 loop {
-                    let more = self.hash_chains.next_states(&pending, states.len(), &*self.store).await?;
-                    states.extend(more.states);
-                    if more.is_end {
+                    let batch = self.hash_chains.next_states(&pending, states.len(), &*self.store).await?;
+                    states.extend(batch.states);
+                    if batch.is_end {
                         break states;
                     }
                 }

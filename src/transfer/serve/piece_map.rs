@@ -15,7 +15,7 @@ use crate::wire::{self, Answer};
 impl Shared {
     /// Takes no upload slot: an update is a packet.
     pub(super) async fn serve_follow(&self, digest: Digest, stream: &mut ResponseStream) -> Result<(), ServeError> {
-        let Ok(_followed) = stream.follow_permits.clone().try_acquire_owned() else {
+        let Ok(_follow_permit) = stream.follow_permits.clone().try_acquire_owned() else {
             return self.answer_and_finish(stream, &Answer::Busy).await;
         };
         match self.partials.partial(digest) {
@@ -49,15 +49,15 @@ impl Shared {
                 _ = stream.send.stopped() => return Ok(()),
             }
             changes.mark_unchanged();
-            let Some(held) = self.partials.partial(digest).map(|partial| partial.piece_map()) else { break };
+            let Some(current) = self.partials.partial(digest).map(|partial| partial.piece_map()) else { break };
             // A download that was started anew is not the followed one.
             if changes.has_changed().is_err() {
                 break;
             }
-            for pieces in pieces(&sent, &held).chunks(MAX_HAVE_PIECES) {
+            for pieces in added_pieces(&sent, &current).chunks(MAX_HAVE_PIECES) {
                 self.send_piece_map(&PieceMapUpdate::Have(pieces.to_vec()), stream).await?;
             }
-            sent = held;
+            sent = current;
         }
         match self.with_store_timeout(self.store.blob(digest)).await? {
             Some(_) => self.send_piece_map(&PieceMapUpdate::HaveAll, stream).await?,
@@ -72,6 +72,6 @@ impl Shared {
     }
 }
 
-fn pieces(sent: &Bits, held: &Bits) -> Vec<u32> {
-    held.ones().filter(|piece| !sent.get(*piece)).filter_map(|piece| u32::try_from(piece).ok()).collect()
+fn added_pieces(sent: &Bits, current: &Bits) -> Vec<u32> {
+    current.ones().filter(|piece| !sent.get(*piece)).filter_map(|piece| u32::try_from(piece).ok()).collect()
 }

@@ -54,11 +54,11 @@ pub(super) struct RequestedPieces {
 impl RequestedPieces {
     /// Rejects requests that no honest agent sends, whatever its view of the blob.
     fn check(&self) -> Result<(), ServeError> {
-        let (choice, most) = (&self.pieces, self.limit);
-        let distinct = choice.iter().collect::<HashSet<_>>().len();
-        if choice.is_empty() || choice.len() > MAX_REQUEST_PIECES || most == 0 || distinct < choice.len() {
-            let asked = format!("{most} of {} pieces, {distinct} of them different", choice.len());
-            return Err(ServeError::Malformed(asked));
+        let (pieces, limit) = (&self.pieces, self.limit);
+        let distinct = pieces.iter().collect::<HashSet<_>>().len();
+        if pieces.is_empty() || pieces.len() > MAX_REQUEST_PIECES || limit == 0 || distinct < pieces.len() {
+            let reason = format!("{limit} of {} pieces, {distinct} of them different", pieces.len());
+            return Err(ServeError::Malformed(reason));
         }
         Ok(())
     }
@@ -73,9 +73,9 @@ struct PieceSegment {
 }
 
 /// All segments of these pieces, in order. An empty piece has one segment of no bytes.
-fn segments(cut: PieceLayout, pieces: &[u32]) -> impl Iterator<Item = PieceSegment> {
+fn segments(layout: PieceLayout, pieces: &[u32]) -> impl Iterator<Item = PieceSegment> {
     pieces.iter().flat_map(move |piece| {
-        let (from, length) = (cut.offset(*piece as usize), cut.piece_length(*piece as usize));
+        let (from, length) = (layout.offset(*piece as usize), layout.piece_length(*piece as usize));
         (0..length.max(1)).step_by(READ_BYTES).map(move |at| PieceSegment {
             piece: Some(*piece).filter(|_| at == 0),
             offset: from + at,
@@ -101,19 +101,19 @@ impl Shared {
             Err(error) => return self.answer_store_failure(stream, error).await,
         };
         let size = source.size();
-        let cut = PieceLayout::for_size(size);
-        if requested.pieces.iter().any(|piece| *piece as usize >= cut.piece_count()) {
+        let layout = PieceLayout::for_size(size);
+        if requested.pieces.iter().any(|piece| *piece as usize >= layout.piece_count()) {
             return self.answer_and_finish(stream, &Answer::Invalid { size }).await;
         }
-        let Ok(mut upload) = self.uploads.enqueue(peer, digest, cut.piece_count()) else {
+        let Ok(mut upload) = self.uploads.enqueue(peer, digest, layout.piece_count()) else {
             return self.answer_and_finish(stream, &Answer::Busy).await;
         };
-        let granted = match source {
+        let answer = match source {
             PieceSource::Whole(_) => Answer::Blob { size },
             PieceSource::Partial(_) => Answer::Partial { size },
         };
         // Must be quick: the upload may have a slot already.
-        let answered = timeout(UPLOAD_STALL, self.answer(stream, &granted)).await;
+        let answered = timeout(UPLOAD_STALL, self.answer(stream, &answer)).await;
         answered.map_err(|_| ServeError::TooSlow)??;
         let acquire = async {
             upload.wait_for_slot().await?;
@@ -126,7 +126,7 @@ impl Shared {
             _ = stream.send.stopped() => return Err(ServeError::Left("before the upload got a slot".into())),
         };
         let pieces = self.pick_pieces(&requested, &source);
-        self.send_segments(source, segments(cut, &pieces), &mut upload, &mut stream.send).await?;
+        self.send_segments(source, segments(layout, &pieces), &mut upload, &mut stream.send).await?;
         // The connection has all bytes. The upload keeps its slot a moment longer while they are
         // sent.
         upload.wait_or_park(self.finish(stream)).await?
@@ -143,14 +143,14 @@ impl Shared {
 
     fn pick_pieces(
         &self,
-        RequestedPieces { digest, pieces: choice, limit: most }: &RequestedPieces,
+        RequestedPieces { digest, pieces, limit }: &RequestedPieces,
         source: &PieceSource,
     ) -> Vec<u32> {
         match source {
-            PieceSource::Whole(_) => self.uploads.pick_pieces(*digest, choice, *most, |_| true),
+            PieceSource::Whole(_) => self.uploads.pick_pieces(*digest, pieces, *limit, |_| true),
             PieceSource::Partial(partial) => {
-                let held = partial.piece_map();
-                self.uploads.pick_pieces(*digest, choice, *most, |piece| held.get(piece as usize))
+                let piece_map = partial.piece_map();
+                self.uploads.pick_pieces(*digest, pieces, *limit, |piece| piece_map.get(piece as usize))
             }
         }
     }
@@ -168,16 +168,16 @@ impl Shared {
         let mut bytes = self.read_segment(&mut source, segment).await?;
         loop {
             let next = segments.next();
-            let ahead = async {
+            let read_ahead = async {
                 match next {
                     Some(next) => self.read_segment(&mut source, next).await.map(|bytes| Some((next, bytes))),
                     None => Ok(None),
                 }
             };
-            let (written, read) = join(self.write_segment(segment, bytes, upload, send), ahead).await;
+            let (written, read) = join(self.write_segment(segment, bytes, upload, send), read_ahead).await;
             written?;
             match read? {
-                Some(ahead) => (segment, bytes) = ahead,
+                Some(prefetched) => (segment, bytes) = prefetched,
                 None => return Ok(()),
             }
         }
@@ -201,8 +201,8 @@ impl Shared {
         let mut number = segment.piece.map(|piece| Bytes::copy_from_slice(&piece.to_be_bytes())).unwrap_or_default();
         let mut time_left = self.timeouts.slow_reader;
         loop {
-            let most = if self.upload_limiter.is_limited() { CHUNK as usize } else { READ_BYTES };
-            let chunk = bytes.split_to(bytes.len().min(most));
+            let max_chunk = if self.upload_limiter.is_limited() { CHUNK as usize } else { READ_BYTES };
+            let chunk = bytes.split_to(bytes.len().min(max_chunk));
             let length = chunk.len() as u64;
             self.upload_limiter.acquire_bytes(length).await;
             let began = Instant::now();

@@ -8,28 +8,28 @@ use crate::transfer::DialError;
 use crate::transfer::close_codes::{DONE, PROTOCOL, REJECTED};
 
 #[tokio::test]
-async fn both_ends_know_each_other_after_a_handshake() {
+async fn both_ends_admit_each_other_in_a_handshake() {
     with_deadline(async {
-        let (mut listener, dialler) =
+        let (mut listener, dialer) =
             (TransferTestNode::start(TestStore::default()), TransferTestNode::start(TestStore::default()));
-        let met = dialler.dial(listener.address()).await;
-        assert_eq!((met.id, met.transfer), (listener.id, listener.address()));
-        assert_eq!((met.gossip.port(), met.node.as_str()), (4001, "node-a"));
-        let joined = listener.admitted_peers.recv().await.unwrap();
+        let dialed = dialer.dial(listener.address()).await;
+        assert_eq!((dialed.id, dialed.transfer), (listener.id, listener.address()));
+        assert_eq!((dialed.gossip.port(), dialed.node.as_str()), (4001, "node-a"));
+        let admitted = listener.admitted_peers.recv().await.unwrap();
         assert_eq!(
-            (joined.id, joined.transfer),
-            (dialler.id, dialler.address()),
+            (admitted.id, admitted.transfer),
+            (dialer.id, dialer.address()),
             "the dialer listens at the address of its packets"
         );
-        assert_eq!((dialler.transfer.peers(), listener.transfer.peers()), (vec![met], vec![joined]));
-        dialler.dial(listener.address()).await;
+        assert_eq!((dialer.transfer.peers(), listener.transfer.peers()), (vec![dialed], vec![admitted]));
+        dialer.dial(listener.address()).await;
         assert!(listener.admitted_peers.try_recv().is_err(), "a connected peer is not dialed again");
     })
     .await;
 }
 
 #[tokio::test]
-async fn an_ipv4_peer_of_a_dual_stack_agent_is_known_by_its_plain_address() {
+async fn an_ipv4_peer_of_a_dual_stack_agent_is_recorded_with_its_ipv4_address() {
     with_deadline(async {
         let (key, blob) = (Identity::generate(), blob(10));
         let mut dual = TransferTestNode::start_at(
@@ -41,9 +41,9 @@ async fn an_ipv4_peer_of_a_dual_stack_agent_is_known_by_its_plain_address() {
         );
         let plain = TransferTestNode::start(TestStore::with(&blob));
         plain.dial(SocketAddr::from(([127, 0, 0, 1], dual.address().port()))).await;
-        let joined = dual.admitted_peers.recv().await.unwrap();
-        assert_eq!(joined.transfer, plain.address());
-        assert_eq!(joined.gossip, SocketAddr::from(([127, 0, 0, 1], 4001)));
+        let admitted = dual.admitted_peers.recv().await.unwrap();
+        assert_eq!(admitted.transfer, plain.address());
+        assert_eq!(admitted.gossip, SocketAddr::from(([127, 0, 0, 1], 4001)));
         dual.fetch(plain.id, Digest::of(&blob), 10).await.unwrap();
     })
     .await;
@@ -56,11 +56,11 @@ async fn a_peer_that_is_not_admitted_is_rejected_with_a_reason_and_served_nothin
         let me = Identity::generate();
         let admission = TestAdmission::only([]);
         let listener = TransferTestNode::start_with(&me, TestStore::with(&secret), admission, Timeouts::DEFAULT);
-        let dialler = TransferTestNode::start(TestStore::default());
-        let error = dialler.transfer.dial(listener.address(), None).await.unwrap_err();
+        let dialer = TransferTestNode::start(TestStore::default());
+        let error = dialer.transfer.dial(listener.address(), None).await.unwrap_err();
         let DialError::Rejected { peer, reason, .. } = &error else { panic!("{error}") };
         assert_eq!((*peer, reason.as_str()), (listener.id, "not admitted: not on the list"));
-        assert!(dialler.transfer.peers().is_empty() && listener.transfer.peers().is_empty());
+        assert!(dialer.transfer.peers().is_empty() && listener.transfer.peers().is_empty());
         assert!(listener.metric(r#"admissions_total{result="denied"} 1"#));
         assert!(listener.metric("served_bytes_total 0"));
     })
@@ -133,16 +133,16 @@ async fn a_malformed_or_oversized_hello_closes_the_connection() {
 #[tokio::test]
 async fn a_dial_fails_where_another_key_answers() {
     with_deadline(async {
-        let (listener, dialler) =
+        let (listener, dialer) =
             (TransferTestNode::start(TestStore::default()), TransferTestNode::start(TestStore::default()));
         let expected = Identity::generate().peer_id();
-        let error = dialler.transfer.dial(listener.address(), Some(expected)).await.unwrap_err();
+        let error = dialer.transfer.dial(listener.address(), Some(expected)).await.unwrap_err();
         assert!(
             matches!(error, DialError::AnotherKey { expected: e, found, .. } if (e, found) == (expected, listener.id)),
             "{error}"
         );
-        assert!(dialler.transfer.peers().is_empty() && listener.transfer.peers().is_empty(), "no Hello was sent");
-        dialler.transfer.dial(listener.address(), Some(listener.id)).await.unwrap();
+        assert!(dialer.transfer.peers().is_empty() && listener.transfer.peers().is_empty(), "no Hello was sent");
+        dialer.transfer.dial(listener.address(), Some(listener.id)).await.unwrap();
     })
     .await;
 }
@@ -152,11 +152,11 @@ async fn a_peer_that_this_agent_does_not_admit_is_not_used() {
     with_deadline(async {
         let listener = TransferTestNode::start(TestStore::default());
         let admission = TestAdmission::only([]);
-        let dialler =
+        let dialer =
             TransferTestNode::start_with(&Identity::generate(), TestStore::default(), admission, Timeouts::DEFAULT);
-        let error = dialler.transfer.dial(listener.address(), None).await.unwrap_err();
+        let error = dialer.transfer.dial(listener.address(), None).await.unwrap_err();
         assert!(matches!(error, DialError::NotAdmitted { peer, .. } if peer == listener.id), "{error}");
-        assert!(dialler.transfer.peers().is_empty());
+        assert!(dialer.transfer.peers().is_empty());
     })
     .await;
 }
@@ -168,15 +168,15 @@ async fn a_fetch_from_a_peer_that_rejects_this_agent_fails_as_not_admitted() {
         let fetcher = TransferTestNode::start(TestStore::default());
         // The provider dials the fetcher, so its address is recorded, but the provider rejects the
         // fetcher.
-        let shut = TestAdmission::only([fetcher.id]);
-        let provider = TransferTestNode::start_with(&key, TestStore::with(&blob), shut, Timeouts::DEFAULT);
+        let admission = TestAdmission::only([fetcher.id]);
+        let provider = TransferTestNode::start_with(&key, TestStore::with(&blob), admission, Timeouts::DEFAULT);
         provider.dial(fetcher.address()).await;
         fetcher.fetch(provider.id, Digest::of(&blob), 10).await.unwrap();
 
-        let dialler = TransferTestNode::start(TestStore::default());
-        let known = Peer { id: provider.id, transfer: provider.address(), ..fetcher.transfer.peers()[0].clone() };
-        dialler.transfer.0.peers.insert(&known, unbounded_admission()).unwrap();
-        let error = dialler.fetch(provider.id, Digest::of(&blob), 10).await.unwrap_err();
+        let dialer = TransferTestNode::start(TestStore::default());
+        let peer = Peer { id: provider.id, transfer: provider.address(), ..fetcher.transfer.peers()[0].clone() };
+        dialer.transfer.0.peers.insert(&peer, unbounded_admission()).unwrap();
+        let error = dialer.fetch(provider.id, Digest::of(&blob), 10).await.unwrap_err();
         assert!(matches!(error, FetchError::NotAdmitted { peer, .. } if peer == provider.id), "{error}");
     })
     .await;
@@ -187,30 +187,30 @@ async fn a_peer_is_not_served_after_its_verdict_expired_and_is_admitted_again() 
     with_deadline(async {
         let (me, blob) = (Identity::generate(), blob(10));
         let admission = TestAdmission::default();
-        *admission.life.lock().unwrap() = Duration::ZERO;
+        *admission.lifetime.lock().unwrap() = Duration::ZERO;
         let provider = TransferTestNode::start_with(&me, TestStore::with(&blob), admission.clone(), Timeouts::DEFAULT);
         let endpoint = bare_endpoint(&Identity::generate());
         let connection = handshake(&endpoint, provider.address()).await;
         let shared = &provider.transfer.0;
-        let until = || shared.peers.expired(Duration::MAX).pop().map(|(_, admission)| admission.valid_until);
-        while until().is_none() {
+        let valid_until = || shared.peers.expired(Duration::MAX).pop().map(|(_, admission)| admission.valid_until);
+        while valid_until().is_none() {
             tokio::task::yield_now().await;
         }
-        let first = until().unwrap();
+        let first = valid_until().unwrap();
         *admission.recheck.lock().unwrap() = Err(Rejection::Denied("expired".into()));
         shared.close_expired(first + LEEWAY);
         assert!(connection.close_reason().is_none(), "the leeway for clocks is not over");
         *admission.recheck.lock().unwrap() = Ok(());
-        *admission.life.lock().unwrap() = Duration::from_secs(3600);
-        let over = || shared.close_expired(until().unwrap() + LEEWAY + BRIEF);
-        over();
+        *admission.lifetime.lock().unwrap() = Duration::from_secs(3600);
+        let expire = || shared.close_expired(valid_until().unwrap() + LEEWAY + BRIEF);
+        expire();
         assert!(connection.close_reason().is_none(), "the credential is still accepted");
-        assert!(until().unwrap() > first + LEEWAY);
+        assert!(valid_until().unwrap() > first + LEEWAY);
         *admission.recheck.lock().unwrap() = Err(Rejection::Undecided("soon".into()));
-        over();
+        expire();
         assert!(connection.close_reason().is_none(), "the new verdict is pending");
         *admission.recheck.lock().unwrap() = Err(Rejection::Denied("expired".into()));
-        over();
+        expire();
         assert_closed_with(&connection, DONE, "the verdict has expired").await;
         handshake(&endpoint, provider.address()).await;
     })
@@ -242,20 +242,20 @@ async fn a_renewed_credential_is_sent_on_a_new_connection() {
 }
 
 #[tokio::test]
-async fn a_peer_known_by_address_alone_is_dialled_for_the_first_fetch() {
+async fn a_peer_recorded_by_address_alone_is_dialed_for_the_first_fetch() {
     with_deadline(async {
         let blob = blob(10);
         let (mut provider, fetcher) =
             (TransferTestNode::start(TestStore::with(&blob)), TransferTestNode::start(TestStore::default()));
         let (node, address) = ("there".parse::<NodeName>().unwrap(), provider.address());
-        let known = Peer { id: provider.id, node, zone: None, transfer: address, gossip: address };
-        fetcher.transfer.add_peer_address(&known);
+        let peer = Peer { id: provider.id, node, zone: None, transfer: address, gossip: address };
+        fetcher.transfer.add_peer_address(&peer);
         assert_eq!(fetcher.transfer.admitted_for(provider.id), Duration::ZERO);
         fetcher.fetch(provider.id, Digest::of(&blob), 10).await.unwrap();
         assert_eq!(provider.admitted_peers.recv().await.unwrap().id, fetcher.id);
         assert!(fetcher.transfer.admitted_for(provider.id) > Duration::ZERO);
 
-        let other = Peer { id: Identity::generate().peer_id(), ..known };
+        let other = Peer { id: Identity::generate().peer_id(), ..peer };
         fetcher.transfer.add_peer_address(&other);
         let error = fetcher.fetch(other.id, Digest::of(&blob), 10).await.unwrap_err();
         assert!(matches!(error, FetchError::Unreachable { peer, .. } if peer == other.id), "another key: {error}");
@@ -264,31 +264,32 @@ async fn a_peer_known_by_address_alone_is_dialled_for_the_first_fetch() {
 }
 
 #[tokio::test]
-async fn a_connected_peer_is_dialled_again_once_its_verdict_expired() {
+async fn a_connected_peer_is_dialed_again_once_its_verdict_expired() {
     with_deadline(async {
         let admission = TestAdmission::default();
-        *admission.life.lock().unwrap() = Duration::ZERO;
+        *admission.lifetime.lock().unwrap() = Duration::ZERO;
         let mut listener = TransferTestNode::start(TestStore::default());
-        let dialler =
+        let dialer =
             TransferTestNode::start_with(&Identity::generate(), TestStore::default(), admission, Timeouts::DEFAULT);
         for _ in 0..2 {
-            dialler.dial(listener.address()).await;
-            assert_eq!(listener.admitted_peers.recv().await.unwrap().id, dialler.id);
+            dialer.dial(listener.address()).await;
+            assert_eq!(listener.admitted_peers.recv().await.unwrap().id, dialer.id);
         }
     })
     .await;
 }
 
 #[tokio::test]
-async fn each_side_learns_its_address_as_the_other_side_observes_it() {
+async fn each_peer_receives_its_address_as_the_other_peer_observes_it() {
     with_deadline(async {
-        let (listener, dialler) =
+        let (listener, dialer) =
             (TransferTestNode::start(TestStore::default()), TransferTestNode::start(TestStore::default()));
-        let (heard_there, heard_here) = (listener.transfer.observed_address(), dialler.transfer.observed_address());
-        assert_eq!(*heard_here.borrow(), None);
-        dialler.dial(listener.address()).await;
+        let (listener_address, dialer_address) =
+            (listener.transfer.observed_address(), dialer.transfer.observed_address());
+        assert_eq!(*dialer_address.borrow(), None);
+        dialer.dial(listener.address()).await;
         let address = Some(listener.address().ip());
-        assert_eq!((*heard_here.borrow(), *heard_there.borrow()), (address, address));
+        assert_eq!((*dialer_address.borrow(), *listener_address.borrow()), (address, address));
     })
     .await;
 }
@@ -309,7 +310,7 @@ async fn two_nodes_with_one_key_detect_each_other_from_either_side_and_are_no_pe
     with_deadline(async {
         let key = Identity::generate();
         let start = |name: &str| {
-            let bounds = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
+            let options = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
             let admission = TestAdmission::default();
             TransferTestNode::start_named(
                 name,
@@ -318,16 +319,16 @@ async fn two_nodes_with_one_key_detect_each_other_from_either_side_and_are_no_pe
                 TestStore::default(),
                 admission,
                 Arc::new(NoPartialBlobs),
-                bounds,
+                options,
             )
         };
-        let (listener, dialler) = (start("first"), start("second"));
-        let [at_listener, at_dialler] = [&listener, &dialler].map(|node| node.transfer.shared_key());
-        let error = dialler.transfer.dial(listener.address(), None).await.unwrap_err();
+        let (listener, dialer) = (start("first"), start("second"));
+        let [at_listener, at_dialer] = [&listener, &dialer].map(|node| node.transfer.shared_key());
+        let error = dialer.transfer.dial(listener.address(), None).await.unwrap_err();
         assert!(matches!(&error, DialError::SharedKey { node, .. } if node.as_str() == "first"), "{error}");
         let name = |found: &watch::Receiver<Option<NodeName>>| found.borrow().as_ref().map(ToString::to_string);
-        assert_eq!((name(&at_listener), name(&at_dialler)), (Some("second".into()), Some("first".into())));
-        assert!(listener.transfer.peers().is_empty() && dialler.transfer.peers().is_empty());
+        assert_eq!((name(&at_listener), name(&at_dialer)), (Some("second".into()), Some("first".into())));
+        assert!(listener.transfer.peers().is_empty() && dialer.transfer.peers().is_empty());
 
         let alone = TransferTestNode::start(TestStore::default());
         let error = alone.transfer.dial(alone.address(), None).await.unwrap_err();
@@ -378,8 +379,8 @@ async fn a_pod_that_presents_many_keys_keeps_two_and_evicts_no_other_pod() {
         assert!(others.close_reason().is_none(), "another pod's agent");
         // The agent of the pod dials again.
         handshake(&bare_endpoint(agent), address).await;
-        let known: HashSet<_> = provider.transfer.peers().into_iter().map(|peer| peer.id).collect();
-        assert_eq!(known, [agent.peer_id(), keys[9].peer_id(), other.peer_id()].into());
+        let ids: HashSet<_> = provider.transfer.peers().into_iter().map(|peer| peer.id).collect();
+        assert_eq!(ids, [agent.peer_id(), keys[9].peer_id(), other.peer_id()].into());
     })
     .await;
 }
@@ -412,14 +413,14 @@ async fn an_agent_in_a_new_pod_keeps_its_key_and_the_old_pod_takes_no_room() {
         peers.insert(&peer(4), in_pod("old", 2)).unwrap();
         assert_eq!(peers.all().len(), 3, "a removed key takes no room");
         peers.insert(&peer(5), in_pod("old", 2)).unwrap();
-        let known: HashSet<_> = peers.all().into_iter().map(|peer| peer.id).collect();
-        assert_eq!(known, [1, 4, 5].map(|key| peer(key).id).into());
+        let ids: HashSet<_> = peers.all().into_iter().map(|peer| peer.id).collect();
+        assert_eq!(ids, [1, 4, 5].map(|key| peer(key).id).into());
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_removed_peer_is_disconnected_and_may_come_back() {
+async fn a_removed_peer_is_disconnected_and_may_reconnect() {
     with_deadline(async {
         let blob = blob(10);
         let (provider, mut fetcher) =
@@ -427,8 +428,8 @@ async fn a_removed_peer_is_disconnected_and_may_come_back() {
         fetcher.dial(provider.address()).await;
         let outsider = bare_endpoint(&Identity::generate());
         let inbound = handshake(&outsider, fetcher.address()).await;
-        let joined = fetcher.admitted_peers.recv().await.unwrap();
-        fetcher.transfer.remove_peer(joined.id);
+        let admitted = fetcher.admitted_peers.recv().await.unwrap();
+        fetcher.transfer.remove_peer(admitted.id);
         inbound.closed().await;
         fetcher.transfer.remove_peer(provider.id);
         assert!(fetcher.transfer.peers().is_empty());

@@ -54,13 +54,13 @@ async fn agents_of_one_authority_admit_each_other_and_reject_an_agent_of_another
         let outsider = theirs.agent(TestStore::with(&blob));
 
         b.dial(a.address()).await;
-        let joined = a.admitted_peers.recv().await.unwrap();
-        assert_eq!(joined.id, b.id);
+        let admitted = a.admitted_peers.recv().await.unwrap();
+        assert_eq!(admitted.id, b.id);
         b.fetch(a.id, Digest::of(&blob), 1000).await.unwrap();
         a.fetch(b.id, Digest::of(&blob), 1000).await.unwrap();
 
-        for [dialler, listener] in [[&outsider, &a], [&a, &outsider]] {
-            let error = dialler.transfer.dial(listener.address(), None).await.unwrap_err();
+        for [dialer, listener] in [[&outsider, &a], [&a, &outsider]] {
+            let error = dialer.transfer.dial(listener.address(), None).await.unwrap_err();
             let DialError::Rejected { peer, reason, .. } = &error else { panic!("{error}") };
             assert_eq!(*peer, listener.id);
             assert!(reason.starts_with("not admitted: the certificate is not good for this cluster"), "{reason}");

@@ -34,7 +34,7 @@ async fn a_blob_of_any_size_arrives_and_is_verified() {
 }
 
 #[tokio::test]
-async fn many_blobs_come_over_one_connection_at_once() {
+async fn many_blobs_are_fetched_over_one_connection_at_once() {
     let blobs: Vec<Bytes> = (1..=4).map(|i| blob(i * 300_000)).collect();
     let store = TestStore { blobs: blobs.iter().map(|b| (Digest::of(b), b.clone())).collect(), ..TestStore::default() };
     with_deadline(async {
@@ -116,7 +116,7 @@ async fn a_provider_at_its_limit_answers_busy_and_serves_again_later() {
 }
 
 #[tokio::test]
-async fn a_range_beyond_the_blob_is_refused_and_a_range_within_the_blob_is_served() {
+async fn a_range_beyond_the_blob_is_rejected_and_a_range_within_the_blob_is_served() {
     with_deadline(async {
         let blob = blob(1000);
         let digest = Digest::of(&blob);

@@ -9,9 +9,9 @@ fn digest() -> Digest {
     Digest::of(&blob(SIZE as usize))
 }
 
-async fn fetch_from(rogue: &Rogue, limits: Timeouts) -> (FetchError, TransferTestNode) {
+async fn fetch_from(rogue: &Rogue, timeouts: Timeouts) -> (FetchError, TransferTestNode) {
     let fetcher =
-        TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
+        TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), timeouts);
     fetcher.dial(rogue.address).await;
     let error = fetcher.fetch(rogue.id, digest(), SIZE).await.unwrap_err();
     (error, fetcher)
@@ -33,7 +33,7 @@ async fn wrong_content_is_detected_and_names_the_peer() {
         ("another size, right bytes", SIZE + 1, right.clone(), SIZE + 1),
         ("nothing", SIZE, Bytes::new(), 0),
     ];
-    for (what, promised, bytes, arrives) in cases {
+    for (what, promised, bytes, received) in cases {
         with_deadline(async {
             let rogue = Rogue::start(move |_, mut send| {
                 let bytes = bytes.clone();
@@ -46,7 +46,7 @@ async fn wrong_content_is_detected_and_names_the_peer() {
             let FetchError::Corrupt { peer, source } = &error else { panic!("{what}: {error}") };
             assert_eq!(*peer, rogue.id, "{what}");
             match source {
-                VerifyError::Size { actual_size, .. } => assert_eq!(*actual_size, arrives, "{what}"),
+                VerifyError::Size { actual_size, .. } => assert_eq!(*actual_size, received, "{what}"),
                 VerifyError::Digest { .. } => assert_eq!(what, "other bytes"),
                 VerifyError::Piece { .. } => panic!("{what}: no pieces were requested"),
             }
@@ -59,7 +59,7 @@ async fn wrong_content_is_detected_and_names_the_peer() {
 }
 
 #[tokio::test]
-async fn an_endless_sender_is_cut_off_at_the_size() {
+async fn an_endless_stream_is_stopped_at_the_size() {
     with_deadline(async {
         let rogue = Rogue::start(|_, mut send| async move {
             answer_blob(&mut send, SIZE).await;
@@ -176,11 +176,11 @@ async fn a_fetch_from_a_peer_that_is_removed_meanwhile_ends_at_once() {
         let fetcher =
             TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
         fetcher.dial(rogue.address).await;
-        let forgets = async {
+        let removes = async {
             half.recv().await.unwrap();
             fetcher.transfer.remove_peer(rogue.id);
         };
-        let (fetched, ()) = tokio::join!(fetcher.fetch(rogue.id, digest(), SIZE), forgets);
+        let (fetched, ()) = tokio::join!(fetcher.fetch(rogue.id, digest(), SIZE), removes);
         let error = fetched.unwrap_err();
         assert!(matches!(error, FetchError::Unreachable { .. }), "{error}");
     })
@@ -188,7 +188,7 @@ async fn a_fetch_from_a_peer_that_is_removed_meanwhile_ends_at_once() {
 }
 
 #[tokio::test]
-async fn a_peer_whose_pooled_connection_died_is_dialled_again() {
+async fn a_peer_whose_pooled_connection_died_is_dialed_again() {
     with_deadline(async {
         let key = Identity::generate();
         let blob = blob(1000);

@@ -15,14 +15,14 @@ async fn a_hash_chain_is_computed_once_for_all_fetchers() {
         for fetcher in &fetchers {
             fetcher.dial(provider.address()).await;
         }
-        let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
-        let asked = [0, 0, 1].map(|fetcher: usize| fetchers[fetcher].hash_chain(provider.id, digest, cut));
+        let (digest, layout) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+        let fetches = [0, 0, 1].map(|fetcher: usize| fetchers[fetcher].hash_chain(provider.id, digest, layout));
         let opens = async { open.send(true).unwrap() };
-        let (chains, ()) = tokio::join!(futures::future::join_all(asked), opens);
+        let (chains, ()) = tokio::join!(futures::future::join_all(fetches), opens);
         for chain in chains {
             assert_eq!(chain.unwrap(), *hash_chain_of(&blob));
         }
-        let again = fetchers[0].hash_chain(provider.id, digest, cut).await.unwrap();
+        let again = fetchers[0].hash_chain(provider.id, digest, layout).await.unwrap();
         assert_eq!(again, *hash_chain_of(&blob));
         assert_eq!(reads.load(Ordering::Relaxed), blob.len());
     })
@@ -30,17 +30,17 @@ async fn a_hash_chain_is_computed_once_for_all_fetchers() {
 }
 
 #[tokio::test]
-async fn a_hash_chain_that_came_with_the_blob_is_not_computed_again() {
+async fn a_hash_chain_that_was_fetched_with_the_blob_is_not_computed_again() {
     let blob = blob(3 * PIECE);
     with_deadline(async {
         let provider = TransferTestNode::start(TestStore { fails_at: Some(0), ..TestStore::with(&blob) });
         let fetcher = TransferTestNode::start(TestStore::default());
         fetcher.dial(provider.address()).await;
-        let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
-        let error = fetcher.hash_chain(provider.id, digest, cut).await.unwrap_err();
+        let (digest, layout) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+        let error = fetcher.hash_chain(provider.id, digest, layout).await.unwrap_err();
         assert!(matches!(error, FetchError::StoreFailed { .. }), "{error}");
         provider.transfer.add_hash_chain(hash_chain_of(&blob));
-        assert_eq!(fetcher.hash_chain(provider.id, digest, cut).await.unwrap(), *hash_chain_of(&blob));
+        assert_eq!(fetcher.hash_chain(provider.id, digest, layout).await.unwrap(), *hash_chain_of(&blob));
     })
     .await;
 }
@@ -72,17 +72,17 @@ async fn a_hash_chain_is_not_computed_after_its_fetchers_have_left() {
         let reads = store.reads.clone();
         let (provider, fetcher) = (TransferTestNode::start(store), TransferTestNode::start(TestStore::default()));
         fetcher.dial(provider.address()).await;
-        let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+        let (digest, layout) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
         let pending = || provider.transfer.0.hash_chains.pending();
         tokio::select! {
-            _ = fetcher.hash_chain(provider.id, digest, cut) => panic!("the store returns no bytes yet"),
+            _ = fetcher.hash_chain(provider.id, digest, layout) => panic!("the store returns no bytes yet"),
             () = async { while pending() == 0 { tokio::task::yield_now().await } } => {}
         }
         while pending() > 0 {
             tokio::task::yield_now().await;
         }
         open.send(true).unwrap();
-        assert_eq!(fetcher.hash_chain(provider.id, digest, cut).await.unwrap(), *hash_chain_of(&blob));
+        assert_eq!(fetcher.hash_chain(provider.id, digest, layout).await.unwrap(), *hash_chain_of(&blob));
         assert_eq!(reads.load(Ordering::Relaxed), blob.len());
     })
     .await;
@@ -109,8 +109,8 @@ async fn a_hash_chain_of_another_length_breaks_the_protocol_and_a_stalled_chain_
                 limits,
             );
             fetcher.dial(rogue.address).await;
-            let cut = PieceLayout::for_size(blob.len() as u64);
-            let error = fetcher.hash_chain(rogue.id, Digest::of(&blob), cut).await.unwrap_err();
+            let layout = PieceLayout::for_size(blob.len() as u64);
+            let error = fetcher.hash_chain(rogue.id, Digest::of(&blob), layout).await.unwrap_err();
             assert_eq!(error.label(), label, "{states} states: {error}");
         })
         .await;

@@ -11,13 +11,13 @@ fn numbered(piece: u32, bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Requests two of the first three of four pieces, and returns the error and the received pieces.
-async fn fetch_from(rogue: &Rogue, blob: &Bytes, limits: Timeouts) -> (FetchError, CollectingSink) {
+async fn fetch_from(rogue: &Rogue, blob: &Bytes, timeouts: Timeouts) -> (FetchError, CollectingSink) {
     let fetcher =
-        TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), limits);
+        TransferTestNode::start_with(&Identity::generate(), TestStore::default(), TestAdmission::default(), timeouts);
     fetcher.dial(rogue.address).await;
     let mut sink = CollectingSink::of(blob);
-    let order = PieceRequest { limit: 2, ..first_pieces(rogue.id, blob, 3) };
-    let error = fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap_err();
+    let request = PieceRequest { limit: 2, ..first_pieces(rogue.id, blob, 3) };
+    let error = fetcher.transfer.fetch_pieces(&request, &mut sink).await.unwrap_err();
     assert!(fetcher.metric(&format!(r#"fetch_failures_total{{reason="{}"}} 1"#, error.label())));
     (error, sink)
 }
@@ -62,7 +62,7 @@ async fn an_unrequested_or_unfitting_piece_ends_the_fetch_and_earlier_pieces_cou
                 FetchError::Protocol { peer, .. } => assert_eq!(*peer, rogue.id, "{what}"),
                 other => panic!("{what}: {other}"),
             }
-            let fitting = sink.received.iter().filter(|(piece, _)| sink.proving.has_piece(*piece as usize)).count();
+            let fitting = sink.received.iter().filter(|(piece, _)| sink.verifier.has_piece(*piece as usize)).count();
             assert_eq!(fitting, good, "{what}");
         })
         .await;
@@ -90,7 +90,7 @@ async fn a_piece_may_be_split_anywhere_in_the_stream() {
             fetcher.dial(rogue.address).await;
             let mut sink = CollectingSink::of(&blob);
             fetcher.transfer.fetch_pieces(&first_pieces(rogue.id, &blob, 2), &mut sink).await.unwrap();
-            assert!(sink.proving.proof().is_some(), "cut at {at}");
+            assert!(sink.verifier.proof().is_some(), "cut at {at}");
         })
         .await;
     }
@@ -111,10 +111,10 @@ async fn a_blob_of_another_size_is_no_fault_of_the_peer_and_each_answer_has_its_
     ];
     for (answer, label, is_fault) in cases {
         with_deadline(async {
-            let said = answer.clone();
+            let reply = answer.clone();
             let rogue = Rogue::start(move |_, mut send| {
-                let said = said.clone();
-                async move { wire::write(&mut send, &said).await.unwrap() }
+                let reply = reply.clone();
+                async move { wire::write(&mut send, &reply).await.unwrap() }
             });
             let (error, _) = fetch_from(&rogue, &blob, Timeouts::DEFAULT).await;
             assert_eq!((error.label(), error.is_peer_fault()), (label, is_fault), "{answer:?}: {error}");
@@ -155,7 +155,7 @@ async fn a_dripping_peer_times_out_while_other_requests_go_on() {
             let error = both.0.unwrap_err();
             assert!(matches!(error, FetchError::Stalled { peer, .. } if peer == rogue.id), "{error}");
             both.1.unwrap();
-            assert!(flowing.proving.proof().is_some());
+            assert!(flowing.verifier.proof().is_some());
         }
     })
     .await;
@@ -186,9 +186,9 @@ async fn the_time_that_a_sink_takes_is_not_counted_against_the_sender() {
         fetcher.dial(provider.address()).await;
         let mut sink = SlowSink(CollectingSink::of(&blob));
         let (digest, layout) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
-        let order = PieceRequest { peer: provider.id, digest, layout, pieces: vec![0], limit: 1 };
-        fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap();
-        assert!(sink.0.proving.proof().is_some());
+        let request = PieceRequest { peer: provider.id, digest, layout, pieces: vec![0], limit: 1 };
+        fetcher.transfer.fetch_pieces(&request, &mut sink).await.unwrap();
+        assert!(sink.0.verifier.proof().is_some());
     })
     .await;
 }

@@ -17,7 +17,7 @@ fn bits(pieces: impl IntoIterator<Item = usize>) -> Bits {
 #[tokio::test]
 async fn a_follower_receives_the_piece_map_and_then_the_added_pieces() {
     let blob = blob(9 * PIECE);
-    let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+    let (digest, layout) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
     with_deadline(async {
         let (download, partials) = PartialDownload::of(&blob);
         download.add_pieces([1, 8]);
@@ -26,23 +26,23 @@ async fn a_follower_receives_the_piece_map_and_then_the_added_pieces() {
             TransferTestNode::start(TestStore::default()),
         );
         fetcher.dial(provider.address()).await;
-        let mut following = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
-        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::Map(bits([1, 8])));
+        let mut updates = fetcher.transfer.follow(provider.id, digest, layout).await.unwrap();
+        assert_eq!(updates.next().await.unwrap(), PieceMapUpdate::Map(bits([1, 8])));
         download.add_pieces([0, 5]);
         download.add_pieces([2]);
-        let mut heard = Vec::new();
-        while heard.len() < 3 {
-            match following.next().await.unwrap() {
-                PieceMapUpdate::Have(news) => heard.extend(news),
+        let mut added = Vec::new();
+        while added.len() < 3 {
+            match updates.next().await.unwrap() {
+                PieceMapUpdate::Have(pieces) => added.extend(pieces),
                 other => panic!("{other:?}"),
             }
         }
-        heard.sort_unstable();
-        assert_eq!(heard, [0, 2, 5]);
+        added.sort_unstable();
+        assert_eq!(added, [0, 2, 5]);
         drop(download);
-        let error = following.next().await.unwrap_err();
+        let error = updates.next().await.unwrap_err();
         assert!(matches!(error, FetchError::Absent { peer, .. } if peer == provider.id), "{error}");
-        let error = fetcher.transfer.follow(provider.id, digest, cut).await.map(drop).unwrap_err();
+        let error = fetcher.transfer.follow(provider.id, digest, layout).await.map(drop).unwrap_err();
         assert!(matches!(error, FetchError::Absent { .. }), "{error}");
     })
     .await;
@@ -51,7 +51,7 @@ async fn a_follower_receives_the_piece_map_and_then_the_added_pieces() {
 #[tokio::test]
 async fn a_partial_blob_that_was_committed_is_announced_as_whole() {
     let blob = blob(2 * PIECE);
-    let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+    let (digest, layout) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
     with_deadline(async {
         let (download, partials) = PartialDownload::of(&blob);
         let (provider, fetcher) = (
@@ -59,11 +59,11 @@ async fn a_partial_blob_that_was_committed_is_announced_as_whole() {
             TransferTestNode::start(TestStore::default()),
         );
         fetcher.dial(provider.address()).await;
-        let mut following = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
-        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::Map(Bits::default()));
+        let mut updates = fetcher.transfer.follow(provider.id, digest, layout).await.unwrap();
+        assert_eq!(updates.next().await.unwrap(), PieceMapUpdate::Map(Bits::default()));
         drop(download);
-        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::HaveAll);
-        let mut again = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
+        assert_eq!(updates.next().await.unwrap(), PieceMapUpdate::HaveAll);
+        let mut again = fetcher.transfer.follow(provider.id, digest, layout).await.unwrap();
         assert_eq!(again.next().await.unwrap(), PieceMapUpdate::HaveAll);
         provider.stop.cancel();
         let error = again.next().await.unwrap_err();
@@ -75,7 +75,7 @@ async fn a_partial_blob_that_was_committed_is_announced_as_whole() {
 #[tokio::test]
 async fn a_stopping_agent_does_not_wait_for_followers() {
     let blob = blob(2 * PIECE);
-    let (digest, cut) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
+    let (digest, layout) = (Digest::of(&blob), PieceLayout::for_size(blob.len() as u64));
     with_deadline(async {
         let (_download, partials) = PartialDownload::of(&blob);
         let (provider, fetcher) = (
@@ -83,10 +83,10 @@ async fn a_stopping_agent_does_not_wait_for_followers() {
             TransferTestNode::start(TestStore::default()),
         );
         fetcher.dial(provider.address()).await;
-        let mut following = fetcher.transfer.follow(provider.id, digest, cut).await.unwrap();
-        following.next().await.unwrap();
+        let mut updates = fetcher.transfer.follow(provider.id, digest, layout).await.unwrap();
+        updates.next().await.unwrap();
         provider.stop.cancel();
-        let error = following.next().await.unwrap_err();
+        let error = updates.next().await.unwrap_err();
         assert!(matches!(error, FetchError::Absent { .. }), "the stream ended before the connection: {error}");
     })
     .await;
@@ -95,20 +95,20 @@ async fn a_stopping_agent_does_not_wait_for_followers() {
 #[tokio::test]
 async fn an_impossible_piece_map_breaks_the_protocol() {
     let too_many = (0..=MAX_HAVE_PIECES as u32).map(|piece| piece % 9).collect();
-    let these = PieceMapUpdate::Map(bits([1]));
+    let first_map = PieceMapUpdate::Map(bits([1]));
     let cases = [
         ("a piece beyond the end", vec![PieceMapUpdate::Map(bits([9]))]),
         ("more bits than pieces", vec![PieceMapUpdate::Map(Bits(vec![0; 3]))]),
         ("added pieces before the map", vec![PieceMapUpdate::Have(vec![1])]),
-        ("an added piece beyond the end", vec![these.clone(), PieceMapUpdate::Have(vec![9])]),
-        ("too many added pieces", vec![these.clone(), PieceMapUpdate::Have(too_many)]),
-        ("no added pieces", vec![these.clone(), PieceMapUpdate::Have(Vec::new())]),
-        ("the map twice", vec![these.clone(), these.clone()]),
-        ("an end without an update", vec![these]),
+        ("an added piece beyond the end", vec![first_map.clone(), PieceMapUpdate::Have(vec![9])]),
+        ("too many added pieces", vec![first_map.clone(), PieceMapUpdate::Have(too_many)]),
+        ("no added pieces", vec![first_map.clone(), PieceMapUpdate::Have(Vec::new())]),
+        ("the map twice", vec![first_map.clone(), first_map.clone()]),
+        ("an end without an update", vec![first_map]),
     ];
     for (what, updates) in cases {
         with_deadline(async {
-            let good = updates.len() - 1 + usize::from(what == "an end without an update");
+            let valid_updates = updates.len() - 1 + usize::from(what == "an end without an update");
             let rogue = Rogue::start(move |_, mut send| {
                 let updates = updates.clone();
                 async move {
@@ -120,12 +120,12 @@ async fn an_impossible_piece_map_breaks_the_protocol() {
             });
             let fetcher = TransferTestNode::start(TestStore::default());
             fetcher.dial(rogue.address).await;
-            let cut = PieceLayout::for_size(9 * PIECE as u64);
-            let mut following = fetcher.transfer.follow(rogue.id, Digest::of(b"any"), cut).await.unwrap();
-            for _ in 0..good {
-                following.next().await.unwrap();
+            let layout = PieceLayout::for_size(9 * PIECE as u64);
+            let mut received = fetcher.transfer.follow(rogue.id, Digest::of(b"any"), layout).await.unwrap();
+            for _ in 0..valid_updates {
+                received.next().await.unwrap();
             }
-            let error = following.next().await.unwrap_err();
+            let error = received.next().await.unwrap_err();
             assert!(matches!(error, FetchError::Protocol { peer, .. } if peer == rogue.id), "{what}: {error}");
         })
         .await;
@@ -149,11 +149,11 @@ async fn an_update_that_was_read_in_part_survives_a_cancelled_wait() {
         });
         let fetcher = TransferTestNode::start(TestStore::default());
         fetcher.dial(rogue.address).await;
-        let cut = PieceLayout::for_size(9 * PIECE as u64);
-        let mut following = fetcher.transfer.follow(rogue.id, Digest::of(b"any"), cut).await.unwrap();
-        assert!(tokio::time::timeout(BRIEF, following.next()).await.is_err());
+        let layout = PieceLayout::for_size(9 * PIECE as u64);
+        let mut updates = fetcher.transfer.follow(rogue.id, Digest::of(b"any"), layout).await.unwrap();
+        assert!(tokio::time::timeout(BRIEF, updates.next()).await.is_err());
         go.send(true).unwrap();
-        assert_eq!(following.next().await.unwrap(), PieceMapUpdate::Map(bits([1, 3])));
+        assert_eq!(updates.next().await.unwrap(), PieceMapUpdate::Map(bits([1, 3])));
     })
     .await;
 }

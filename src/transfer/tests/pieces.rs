@@ -16,13 +16,13 @@ pub(super) fn hash_chain_of(blob: &Bytes) -> Arc<HashChain> {
 
 /// A request for all of the first pieces, in order.
 pub(super) fn first_pieces(peer: PeerId, blob: &Bytes, pieces: u32) -> PieceRequest {
-    let (digest, cut) = (Digest::of(blob), PieceLayout::for_size(blob.len() as u64));
-    PieceRequest { peer, digest, layout: cut, pieces: (0..pieces).collect(), limit: pieces as u8 }
+    let (digest, layout) = (Digest::of(blob), PieceLayout::for_size(blob.len() as u64));
+    PieceRequest { peer, digest, layout, pieces: (0..pieces).collect(), limit: pieces as u8 }
 }
 
 /// Collects pieces, and verifies each by a hash chain.
 pub(super) struct CollectingSink {
-    pub(super) proving: PieceVerifier,
+    pub(super) verifier: PieceVerifier,
     hasher: Option<PieceHasher>,
     bytes: Vec<u8>,
     /// In the order of arrival.
@@ -31,7 +31,7 @@ pub(super) struct CollectingSink {
 
 impl CollectingSink {
     pub(super) fn new(chain: Arc<HashChain>) -> Self {
-        Self { proving: PieceVerifier::new(chain), hasher: None, bytes: Vec::new(), received: Vec::new() }
+        Self { verifier: PieceVerifier::new(chain), hasher: None, bytes: Vec::new(), received: Vec::new() }
     }
 
     pub(super) fn of(blob: &Bytes) -> Self {
@@ -47,7 +47,7 @@ impl CollectingSink {
 impl PieceSink for CollectingSink {
     fn begin(&mut self, piece: u32) {
         assert!(self.hasher.is_none() && self.bytes.is_empty(), "the pieces come one after the other");
-        self.hasher = Some(self.proving.hash_chain().hasher(piece as usize));
+        self.hasher = Some(self.verifier.hash_chain().hasher(piece as usize));
     }
 
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
@@ -61,7 +61,7 @@ impl PieceSink for CollectingSink {
     async fn end(&mut self) -> Result<(), PieceError> {
         let hasher = self.hasher.take().expect("a piece has begun");
         self.received.push((hasher.piece() as u32, std::mem::take(&mut self.bytes)));
-        if self.proving.record(hasher) { Ok(()) } else { Err(PieceError::Mismatch) }
+        if self.verifier.record(hasher) { Ok(()) } else { Err(PieceError::Mismatch) }
     }
 }
 
@@ -69,7 +69,7 @@ impl PieceSink for CollectingSink {
 pub(super) struct TestPartial {
     blob: Bytes,
     chain: Arc<HashChain>,
-    held: Arc<Mutex<Bits>>,
+    piece_map: Arc<Mutex<Bits>>,
     changes: watch::Receiver<u64>,
 }
 
@@ -79,20 +79,20 @@ impl PartialBlob for TestPartial {
         self.chain.clone()
     }
     fn piece_map(&self) -> Bits {
-        self.held.lock().unwrap().clone()
+        self.piece_map.lock().unwrap().clone()
     }
     fn changes(&self) -> watch::Receiver<u64> {
         self.changes.clone()
     }
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
         let from = usize::try_from(offset).unwrap();
-        Ok(self.blob.slice(from..self.blob.len().min(from + most)))
+        Ok(self.blob.slice(from..self.blob.len().min(from + limit)))
     }
 }
 
 /// The download behind a [`TestPartial`]. Dropping the download ends the partial blob.
 pub(super) struct PartialDownload {
-    held: Arc<Mutex<Bits>>,
+    piece_map: Arc<Mutex<Bits>>,
     changes: watch::Sender<u64>,
     partial: Arc<Mutex<Option<TestPartial>>>,
 }
@@ -109,16 +109,20 @@ impl PartialBlobs for SinglePartial {
 
 impl PartialDownload {
     pub(super) fn of(blob: &Bytes) -> (Self, SinglePartial) {
-        let (changes, seen) = watch::channel(0);
-        let held = Arc::new(Mutex::new(Bits::default()));
-        let partial_blob =
-            TestPartial { blob: blob.clone(), chain: hash_chain_of(blob), held: held.clone(), changes: seen };
+        let (changes, changes_receiver) = watch::channel(0);
+        let piece_map = Arc::new(Mutex::new(Bits::default()));
+        let partial_blob = TestPartial {
+            blob: blob.clone(),
+            chain: hash_chain_of(blob),
+            piece_map: piece_map.clone(),
+            changes: changes_receiver,
+        };
         let partial = Arc::new(Mutex::new(Some(partial_blob)));
-        (Self { held, changes, partial: partial.clone() }, SinglePartial(partial))
+        (Self { piece_map, changes, partial: partial.clone() }, SinglePartial(partial))
     }
 
     pub(super) fn add_pieces(&self, pieces: impl IntoIterator<Item = usize>) {
-        pieces.into_iter().for_each(|piece| self.held.lock().unwrap().set(piece));
+        pieces.into_iter().for_each(|piece| self.piece_map.lock().unwrap().set(piece));
         self.changes.send_modify(|count| *count += 1);
     }
 }
@@ -130,7 +134,7 @@ impl Drop for PartialDownload {
 }
 
 #[tokio::test]
-async fn pieces_of_any_length_arrive_and_prove_the_blob() {
+async fn pieces_of_any_length_arrive_and_verify_the_blob() {
     let sizes = [
         (0, "one piece, and nothing in it"),
         (1, "one piece of one byte"),
@@ -145,15 +149,15 @@ async fn pieces_of_any_length_arrive_and_prove_the_blob() {
         let (provider, fetcher) = (TransferTestNode::start(store), TransferTestNode::start(TestStore::default()));
         fetcher.dial(provider.address()).await;
         for ((size, why), blob) in sizes.iter().zip(&blobs) {
-            let cut = PieceLayout::for_size(*size as u64);
-            let chain = fetcher.hash_chain(provider.id, Digest::of(blob), cut).await.unwrap();
+            let layout = PieceLayout::for_size(*size as u64);
+            let chain = fetcher.hash_chain(provider.id, Digest::of(blob), layout).await.unwrap();
             let mut sink = CollectingSink::new(Arc::new(chain));
             fetcher
                 .transfer
-                .fetch_pieces(&first_pieces(provider.id, blob, cut.piece_count() as u32), &mut sink)
+                .fetch_pieces(&first_pieces(provider.id, blob, layout.piece_count() as u32), &mut sink)
                 .await
                 .unwrap();
-            let proof = sink.proving.proof().expect(why);
+            let proof = sink.verifier.proof().expect(why);
             assert_eq!((proof.digest(), proof.size()), (Digest::of(blob), *size as u64), "{why}");
             sink.received.sort();
             let bytes: Vec<u8> = sink.received.into_iter().flat_map(|(_, bytes)| bytes).collect();
@@ -171,16 +175,16 @@ async fn a_seed_sends_the_pieces_that_it_has_sent_the_least() {
     let blob = blob(12 * PIECE);
     with_deadline(async {
         let provider = TransferTestNode::start(TestStore::with(&blob));
-        let mut came = Vec::new();
+        let mut received = Vec::new();
         for _ in 0..3 {
             let fetcher = TransferTestNode::start(TestStore::default());
             fetcher.dial(provider.address()).await;
             let mut sink = CollectingSink::of(&blob);
-            let order = PieceRequest { limit: 4, ..first_pieces(provider.id, &blob, 12) };
-            fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap();
-            came.extend(sink.numbers());
+            let request = PieceRequest { limit: 4, ..first_pieces(provider.id, &blob, 12) };
+            fetcher.transfer.fetch_pieces(&request, &mut sink).await.unwrap();
+            received.extend(sink.numbers());
         }
-        assert_eq!(came, (0..12).collect::<Vec<_>>(), "three fetchers with the same request get a third each");
+        assert_eq!(received, (0..12).collect::<Vec<_>>(), "three fetchers with the same request get a third each");
     })
     .await;
 }
@@ -199,13 +203,13 @@ async fn a_partial_provider_serves_the_pieces_that_it_has() {
         fetcher.transfer.fetch_pieces(&first_pieces(provider.id, &blob, 9), &mut sink).await.unwrap();
         assert!(sink.received.is_empty(), "a provider without the pieces sends none, without an error");
         download.add_pieces([8, 3, 5]);
-        let order = PieceRequest { pieces: vec![8, 1, 5, 3], limit: 2, ..first_pieces(provider.id, &blob, 9) };
-        fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap();
+        let request = PieceRequest { pieces: vec![8, 1, 5, 3], limit: 2, ..first_pieces(provider.id, &blob, 9) };
+        fetcher.transfer.fetch_pieces(&request, &mut sink).await.unwrap();
         assert_eq!(sink.numbers(), [8, 5], "the first requested pieces that are present");
-        let list = fetcher.hash_chain(provider.id, Digest::of(&blob), order.layout).await.unwrap();
-        assert_eq!(list, *hash_chain_of(&blob));
+        let chain = fetcher.hash_chain(provider.id, Digest::of(&blob), request.layout).await.unwrap();
+        assert_eq!(chain, *hash_chain_of(&blob));
         drop(download);
-        let error = fetcher.transfer.fetch_pieces(&order, &mut sink).await.unwrap_err();
+        let error = fetcher.transfer.fetch_pieces(&request, &mut sink).await.unwrap_err();
         assert!(matches!(error, FetchError::Absent { .. }), "{error}");
     })
     .await;
@@ -215,22 +219,22 @@ async fn a_partial_provider_serves_the_pieces_that_it_has() {
 async fn a_dropped_fetch_stops_the_stream() {
     let blob = blob(8 * PIECE);
     with_deadline(async {
-        let (told, mut stopped) = mpsc::channel(1);
+        let (progress, mut stopped) = mpsc::channel(1);
         let rogue = Rogue::start(move |_, mut send| {
-            let told = told.clone();
+            let progress = progress.clone();
             async move {
                 answer_blob(&mut send, 8 * PIECE as u64).await;
                 send.write_all(&[0, 0, 0, 0, 7]).await.unwrap();
-                told.send(false).await.unwrap();
+                progress.send(false).await.unwrap();
                 assert!(send.stopped().await.unwrap().is_some());
-                told.send(true).await.unwrap();
+                progress.send(true).await.unwrap();
             }
         });
         let fetcher = TransferTestNode::start(TestStore::default());
         fetcher.dial(rogue.address).await;
-        let (order, mut sink) = (first_pieces(rogue.id, &blob, 8), CollectingSink::of(&blob));
+        let (request, mut sink) = (first_pieces(rogue.id, &blob, 8), CollectingSink::of(&blob));
         tokio::select! {
-            _ = fetcher.transfer.fetch_pieces(&order, &mut sink) => panic!("most of the pieces never arrive"),
+            _ = fetcher.transfer.fetch_pieces(&request, &mut sink) => panic!("most of the pieces never arrive"),
             began = stopped.recv() => assert_eq!(began, Some(false)),
         }
         assert_eq!(stopped.recv().await, Some(true));

@@ -9,21 +9,21 @@ use crate::decide::token_bucket::{CHUNK, MIN_RATE, TokenBucket};
 /// A node whose rates can be changed.
 struct RateLimitedNode {
     node: TransferTestNode,
-    rules: watch::Sender<Arc<Policy>>,
+    policy: watch::Sender<Arc<Policy>>,
 }
 
 impl RateLimitedNode {
-    fn start(store: TestStore, down: u64, up: u64, limits: Timeouts) -> Self {
+    fn start(store: TestStore, down: u64, up: u64, timeouts: Timeouts) -> Self {
         let (sender, receiver) = watch::channel(rates_policy(down, up));
-        let bounds = TransferOptions { timeouts: limits, policy: Some(receiver), versions: Versions::TRANSFER };
+        let options = TransferOptions { timeouts, policy: Some(receiver), versions: Versions::TRANSFER };
         let node = TransferTestNode::start_with_options(
             "127.0.0.1:0",
             &Identity::generate(),
             store,
             TestAdmission::default(),
-            bounds,
+            options,
         );
-        Self { node, rules: sender }
+        Self { node, policy: sender }
     }
 }
 
@@ -75,9 +75,9 @@ async fn uploads_keep_to_the_rate_and_a_request_without_a_permit_is_answered_bus
         fetcher.dial(provider.address()).await;
         let began = Instant::now();
         let fetches = blobs.iter().map(|b| fetcher.fetch(provider.id, Digest::of(b), b.len() as u64));
-        let (fetched, refused): (Vec<_>, Vec<_>) = join_all(fetches).await.into_iter().partition(Result::is_ok);
-        assert_eq!((fetched.len(), refused.len()), (2, 1));
-        assert!(matches!(refused[0], Err(FetchError::Busy { .. })), "{:?}", refused[0]);
+        let (fetched, rejected): (Vec<_>, Vec<_>) = join_all(fetches).await.into_iter().partition(Result::is_ok);
+        assert_eq!((fetched.len(), rejected.len()), (2, 1));
+        assert!(matches!(rejected[0], Err(FetchError::Busy { .. })), "{:?}", rejected[0]);
         let bytes = fetched.iter().flatten().map(|(_, bytes)| bytes.len()).sum();
         let (took, least) = (began.elapsed().as_secs_f64(), least_seconds(bytes, MIN_RATE));
         assert!(took >= least, "the fetches took {took} s, at least {least} s are expected");
@@ -99,8 +99,8 @@ async fn a_lifted_rate_frees_running_transfers_at_once() {
             while provider.node.metric("served_bytes_total 0") {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
-            provider.rules.send_replace(rates_policy(0, 0));
-            fetcher.rules.send_replace(rates_policy(0, 0));
+            provider.policy.send_replace(rates_policy(0, 0));
+            fetcher.policy.send_replace(rates_policy(0, 0));
         };
         let (fetched, ()) = tokio::join!(fetch, lift);
         assert!(fetched.unwrap().1 == large);

@@ -71,7 +71,7 @@ async fn a_close_reaches_a_reader_whose_window_is_full() {
         let limits = Timeouts { drain: BRIEF, ..Timeouts::DEFAULT };
         let provider = TransferTestNode::start_with(&Identity::generate(), store, TestAdmission::default(), limits);
         let address = provider.address();
-        let asks = async move {
+        let send_request = async move {
             let endpoint = bare_endpoint(&Identity::generate());
             let connection = handshake(&endpoint, address).await;
             let (mut send, mut recv) = connection.open_bi().await.unwrap();
@@ -81,8 +81,8 @@ async fn a_close_reaches_a_reader_whose_window_is_full() {
             (connection, recv)
         };
         // The reader acknowledges nothing until its runtime runs again.
-        let asked = tokio::task::spawn_blocking(move || (reader.block_on(asks), reader));
-        let ((connection, _recv), reader) = asked.await.unwrap();
+        let requested = tokio::task::spawn_blocking(move || (reader.block_on(send_request), reader));
+        let ((connection, _recv), reader) = requested.await.unwrap();
         open.send(true).unwrap();
         tokio::time::sleep(BRIEF).await;
         provider.stop.cancel();
@@ -143,11 +143,11 @@ async fn an_idle_connection_is_closed_and_a_connection_in_use_is_not() {
         let fetcher = TransferTestNode::start(TestStore::default());
         fetcher.dial(rogue.address).await;
         let (_, outbound) = fetcher.transfer.0.peers.find(rogue.id).unwrap();
-        let line = outbound.connection().unwrap();
+        let outbound_connection = outbound.connection().unwrap();
         fetcher.transfer.0.peers.close_unused(Duration::ZERO);
-        assert!(line.close_reason().is_none());
+        assert!(outbound_connection.close_reason().is_none());
         let connection = rogue.connections.lock().unwrap()[0].clone();
-        drop(line);
+        drop(outbound_connection);
         fetcher.transfer.0.peers.close_unused(Duration::ZERO);
         let ended = connection.closed().await;
         assert!(matches!(&ended, quinn::ConnectionError::ApplicationClosed(c) if c.error_code == DONE), "{ended}");

@@ -32,7 +32,7 @@ async fn assert_serves(provider: &TransferTestNode, blob: &Bytes, count: u32) {
 }
 
 #[tokio::test]
-async fn a_malformed_piece_request_is_reset_and_a_piece_beyond_the_blob_is_refused() {
+async fn a_malformed_piece_request_is_reset_and_a_piece_beyond_the_blob_is_rejected() {
     let blob = blob(3 * PIECE);
     let digest = Digest::of(&blob);
     with_deadline(async {
@@ -75,15 +75,15 @@ async fn uploads_beyond_the_slots_wait_and_a_closed_upload_frees_its_slot() {
             assert!(matches!(wire::read(&mut recv).await.unwrap(), Answer::Blob { .. }), "at once");
             streams.push(recv);
         }
-        let order = PieceRequest { limit: 6, ..first_pieces(provider.id, &blob, 6) };
+        let request = PieceRequest { limit: 6, ..first_pieces(provider.id, &blob, 6) };
         let mut sink = CollectingSink::of(&blob);
         let leaves = async {
             drop(streams);
             open.send(true).unwrap();
         };
-        let (fetched, ()) = tokio::join!(fetcher.transfer.fetch_pieces(&order, &mut sink), leaves);
+        let (fetched, ()) = tokio::join!(fetcher.transfer.fetch_pieces(&request, &mut sink), leaves);
         fetched.unwrap();
-        assert!(sink.proving.proof().is_some());
+        assert!(sink.verifier.proof().is_some());
     })
     .await;
 }

@@ -157,8 +157,8 @@ pub(crate) async fn a_commit_aborted_at_any_point_leaves_no_partial_record(versi
             let killed = daemon.store("broken-off");
             let staged = killed.stage(digest, size, &pin).await.unwrap();
             write_out_of_order(&*staged, &bytes).await;
-            let remembered = BlobMetadata::default();
-            let commit = Box::pin(staged.commit(proof(&bytes), &remembered));
+            let metadata = BlobMetadata::default();
+            let commit = Box::pin(staged.commit(proof(&bytes), &metadata));
             let ended = AbortAfter { inner: commit, polls }.await;
             drop(staged);
             if let Some(ended) = ended {
@@ -192,7 +192,7 @@ pub(crate) async fn a_commit_aborted_at_any_point_leaves_no_partial_record(versi
             wait_staging_files_unlocked(&daemon).await;
             let stop = CancellationToken::new();
             let running = tokio::spawn(next.clone().run(stop.clone()));
-            let tidy = async {
+            let cleanup = async {
                 loop {
                     let (names, records) = files_and_records(&daemon, &next).await;
                     if names == records && staged_files(&daemon).iter().all(|path| links(path) == 1) {
@@ -201,8 +201,8 @@ pub(crate) async fn a_commit_aborted_at_any_point_leaves_no_partial_record(versi
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
             };
-            let tidied = tokio::time::timeout(WAIT_DEADLINE, tidy).await;
-            assert!(tidied.is_ok(), "after {polls} polls: {:?}", files_and_records(&daemon, &next).await);
+            let cleaned_up = tokio::time::timeout(WAIT_DEADLINE, cleanup).await;
+            assert!(cleaned_up.is_ok(), "after {polls} polls: {:?}", files_and_records(&daemon, &next).await);
             stop.cancel();
             running.await.unwrap();
             // A staging file that the sweep did not adopt can still be resumed.

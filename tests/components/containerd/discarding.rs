@@ -60,7 +60,7 @@ async fn layer_leases_keep_the_contract(version: &str) {
 pub(super) struct LoopbackRegistry {
     content: MemoryStore,
     address: String,
-    made: AtomicUsize,
+    pushed_images: AtomicUsize,
 }
 
 impl LoopbackRegistry {
@@ -73,19 +73,19 @@ impl LoopbackRegistry {
             .route("/v2/app/{image}/blobs/{digest}", get(blob))
             .with_state(content.clone());
         tokio::spawn(async move { axum::serve(listener, routes).await });
-        Self { content, address, made: AtomicUsize::new(0) }
+        Self { content, address, pushed_images: AtomicUsize::new(0) }
     }
 
     /// Pushes an image of eight gzipped layers, 1 KiB to 4 MiB. No two images share a layer.
     pub(super) async fn push(&self) -> (String, MadeImage) {
-        let name = format!("{}/app/{}:1", self.address, self.made.load(Ordering::Relaxed));
+        let name = format!("{}/app/{}:1", self.address, self.pushed_images.load(Ordering::Relaxed));
         let image = self.push_as(&name).await;
         (name, image)
     }
 
     /// Pushes such an image under this name, which may exist.
     pub(super) async fn push_as(&self, name: &str) -> MadeImage {
-        let number = self.made.fetch_add(1, Ordering::Relaxed);
+        let number = self.pushed_images.fetch_add(1, Ordering::Relaxed);
         let layers = [1 << 10, 4 << 20, 20_000, 300_000, 1 << 20, 1 << 10, 2 << 20, 5000].to_vec();
         let recipe = Recipe { layers, compression: Compression::Gzip, index: true, ..Recipe::default() };
         let seed = 100 + number as u64;
@@ -210,9 +210,9 @@ impl DiscardingNode {
 }
 
 impl RetainerTask {
-    async fn wait_status(&mut self, is_so: impl Fn(&RetentionStatus) -> bool) {
-        let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&is_so));
-        timeout(WAIT_DEADLINE, seen).await.expect("the retention status reaches the expected state").unwrap();
+    async fn wait_status(&mut self, is_expected: impl Fn(&RetentionStatus) -> bool) {
+        let reached = self.status.wait_for(|status| status.as_ref().is_some_and(&is_expected));
+        timeout(WAIT_DEADLINE, reached).await.expect("the retention status reaches the expected state").unwrap();
     }
 }
 
@@ -277,23 +277,26 @@ async fn leased_bytes_stay_within_the_budget(version: &str) {
     let (node, registry) = (DiscardingNode::start(version).await, LoopbackRegistry::start().await);
     let budget = 10 << 20;
     let mut agent = node.retain(budget).await;
-    let (mut most, mut last) = (0, None);
+    let (mut peak_bytes, mut last) = (0, None);
     for _ in 0..4 {
         let (name, image) = registry.push().await;
         // Each pod replaces the pod before.
         node.set_used(&[&name]);
         agent.wait_status(|status| status.wanted == 0).await;
         pull(&node.socket, &name).await;
-        most = most.max(node.leased_bytes().await);
+        peak_bytes = peak_bytes.max(node.leased_bytes().await);
         assert_eq!(node.layers_left(&image).await, 8, "{name}");
         agent.wait_status(|status| status.wanted == 1).await;
-        most = most.max(node.leased_bytes().await);
+        peak_bytes = peak_bytes.max(node.leased_bytes().await);
         if let Some(before) = last.replace(image) {
             assert_eq!(node.layers_left(&before).await, 0, "the image before {name}");
         }
     }
-    println!("figure retain_bytes_over_budget {} ({version}, four pulls, room for one)", most.saturating_sub(budget));
-    assert!(most <= budget, "{most} bytes of {budget}");
+    println!(
+        "figure retain_bytes_over_budget {} ({version}, four pulls, room for one)",
+        peak_bytes.saturating_sub(budget)
+    );
+    assert!(peak_bytes <= budget, "{peak_bytes} bytes of {budget}");
 }
 
 /// Without the event of a blob the lease comes with the image record, which may be too late. The

@@ -26,9 +26,9 @@ impl RootedNode {
         fs::create_dir(&disk).unwrap();
         let (folder, bind) = (daemon.folder(), MsFlags::MS_BIND);
         mount(Some(folder), &disk, None::<&str>, bind, None::<&str>).unwrap();
-        let named = root.path().join(folder.strip_prefix("/").unwrap());
-        fs::create_dir_all(named.parent().unwrap()).unwrap();
-        symlink("/disk", named).unwrap();
+        let host_path = root.path().join(folder.strip_prefix("/").unwrap());
+        fs::create_dir_all(host_path.parent().unwrap()).unwrap();
+        symlink("/disk", host_path).unwrap();
         Self { root, disk }
     }
 }
@@ -60,9 +60,9 @@ pub(crate) async fn folders_below_the_root_of_a_node_are_found(version: &str) {
 
 pub(crate) async fn unmounted_folders_have_no_disk_figures(version: &str) {
     let daemon = Daemon::start(version).await;
-    let elsewhere = tempfile::tempdir().unwrap();
+    let empty_root = tempfile::tempdir().unwrap();
     let socket = daemon.config("k8s.io").socket;
-    let root = elsewhere.path().to_owned();
-    let blind = ContainerdStore::new(Config { socket, host_root: Some(root), ..daemon.config("k8s.io") }).unwrap();
-    assert_eq!(blind.disks().await.unwrap().content, None);
+    let root = empty_root.path().to_owned();
+    let store = ContainerdStore::new(Config { socket, host_root: Some(root), ..daemon.config("k8s.io") }).unwrap();
+    assert_eq!(store.disks().await.unwrap().content, None);
 }

@@ -21,8 +21,8 @@ fn kinds() -> Vec<(&'static str, Recipe)> {
         ("attested", Recipe { index: true, attested: true, ..layers() }),
         ("nested", Recipe { nested: true, compression: Compression::Gzip, ..layers() }),
         ("nested-list", Recipe { docker: true, nested: true, compression: Compression::Gzip, ..layers() }),
-        ("unnamed", Recipe { index: true, unnamed: true, compression: Compression::Gzip, ..layers() }),
-        ("twice", Recipe { twice: true, ..layers() }),
+        ("unnamed", Recipe { index: true, without_platforms: true, compression: Compression::Gzip, ..layers() }),
+        ("twice", Recipe { duplicate_layer: true, ..layers() }),
         ("no-layers", Recipe::default()),
         ("no-layers-index", Recipe { index: true, ..Recipe::default() }),
     ]
@@ -32,16 +32,16 @@ pub(crate) async fn every_kind_of_image_is_recovered_and_survives_the_collector(
     let daemon = Daemon::start(version).await;
     let store = daemon.store("k8s.io");
     let node = TestNode::new();
-    let mut made = Vec::new();
+    let mut recovered_images = Vec::new();
     for (seed, (kind, recipe)) in (1..).zip(kinds()) {
         let name = format!("r.test/kinds/{kind}:1");
         let image = node.announce_image(&name, &recipe, seed).await;
         let recovered = node.recover(&store, &name).await.unwrap_or_else(|error| panic!("{kind}: {error}"));
         assert_eq!(recovered.fetched + recovered.present, image.blobs.len() + 1, "{kind}");
-        made.push((kind, recipe, name, image));
+        recovered_images.push((kind, recipe, name, image));
     }
     let listed = daemon.ctr("k8s.io", &["images", "ls"]);
-    for (kind, recipe, name, image) in &made {
+    for (kind, recipe, name, image) in &recovered_images {
         let config = &image.blobs[recipe.indexes()];
         let repository = name.trim_end_matches(":1");
         for name in [name.clone(), format!("{repository}@{}", image.target.digest), config.digest.to_string()] {
@@ -53,7 +53,7 @@ pub(crate) async fn every_kind_of_image_is_recovered_and_survives_the_collector(
         let checked = daemon.ctr("k8s.io", &["images", "check", &format!("name=={name}")]);
         assert!(checked.contains("complete ("), "{kind}: {checked}");
     }
-    for (kind, _, _, image) in &made {
+    for (kind, _, _, image) in &recovered_images {
         assert!(blobs_lost_to_gc(&store, image).await.is_empty(), "{kind}");
     }
 }

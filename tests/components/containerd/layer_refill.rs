@@ -62,10 +62,10 @@ pub(super) async fn discarded_layers_are_fetched_from_the_registry(version: &str
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     tokio::spawn(retainer.run(stop));
-    let whole = status.wait_for(|status| {
+    let complete = status.wait_for(|status| {
         status.as_ref().is_some_and(|status| (status.images, status.wanted, status.lacking) == (1, 1, 0))
     });
-    timeout(FETCH_DEADLINE, whole).await.expect("all layers are fetched within the deadline").unwrap();
+    timeout(FETCH_DEADLINE, complete).await.expect("all layers are fetched within the deadline").unwrap();
     assert_eq!(node.layers_left(&image).await, 8);
     for layer in &image.layers {
         let bytes = super::read(&node.store, layer.blob.digest).await;

@@ -16,7 +16,7 @@ use super::discarding::{LoopbackRegistry, pull};
 use super::{HOUR, WAIT_DEADLINE, image};
 
 /// Names that CRI's `ListImages` reports as pinned. The kubelet's image collection reads this list.
-async fn pinned(socket: &Path) -> Vec<String> {
+async fn pinned_images(socket: &Path) -> Vec<String> {
     #[derive(Clone, PartialEq, prost::Message)]
     struct ListImagesRequest {}
     #[derive(Clone, PartialEq, prost::Message)]
@@ -34,26 +34,26 @@ async fn pinned(socket: &Path) -> Vec<String> {
     let mut client = Grpc::new(containerd_client::connect(socket).await.unwrap());
     client.ready().await.unwrap();
     let method = PathAndQuery::from_static("/runtime.v1.ImageService/ListImages");
-    let answered = client
+    let response = client
         .unary(
             Request::new(ListImagesRequest {}),
             method,
             ProstCodec::<ListImagesRequest, ListImagesResponse>::default(),
         )
         .await;
-    let images = answered.unwrap().into_inner().images.into_iter();
+    let images = response.unwrap().into_inner().images.into_iter();
     images.filter(|image| image.pinned).flat_map(|image| image.repo_tags).collect()
 }
 
 /// CRI follows containerd's events, so the list changes a moment later.
 async fn wait_pinned(socket: &Path, names: &[&str]) {
     let reached = async {
-        while pinned(socket).await != names {
+        while pinned_images(socket).await != names {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     };
     if timeout(WAIT_DEADLINE, reached).await.is_err() {
-        panic!("CRI reports {:?} as pinned, not {names:?}", pinned(socket).await);
+        panic!("CRI reports {:?} as pinned, not {names:?}", pinned_images(socket).await);
     }
 }
 
@@ -77,7 +77,7 @@ pub(crate) async fn a_protected_image_is_pinned_for_the_kubelet_until_it_is_rele
     let (socket, store) = (daemon.config("k8s.io").socket, daemon.store("k8s.io"));
     let (name, digest) = put_record(&store, NAME, "amd64").await;
     daemon.ctr("k8s.io", &["images", "label", NAME, "made.by=another-client"]);
-    assert_eq!(pinned(&socket).await, Vec::<String>::new());
+    assert_eq!(pinned_images(&socket).await, Vec::<String>::new());
 
     store.protect_image(&name).await.unwrap();
     wait_pinned(&socket, &[NAME]).await;
@@ -131,11 +131,11 @@ pub(crate) async fn a_protection_removed_by_a_pull_is_noticed_and_restored(versi
     pull(&socket, &name).await;
     store.protect_image(&name.parse().unwrap()).await.unwrap();
     wait_pinned(&socket, &[&name]).await;
-    let moved = registry.push_as(&name).await;
+    let new_image = registry.push_as(&name).await;
     pull(&socket, &name).await;
     let records = store.images().await.unwrap();
     let record = records.iter().find(|record| record.name == name).unwrap();
-    assert_eq!(record.target.digest, moved.target.digest, "the pull moved the tag");
+    assert_eq!(record.target.digest, new_image.target.digest, "the pull moved the tag");
     wait_pinned(&socket, &[]).await;
     assert_eq!(store.protected_images().await.unwrap().all(), [].into());
     store.protect_image(&name.parse().unwrap()).await.unwrap();

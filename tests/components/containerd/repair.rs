@@ -79,8 +79,8 @@ pub(crate) async fn a_blob_without_its_file_is_fetched_again(version: &str) {
 
 pub(crate) async fn a_blob_without_its_file_is_fetched_again_without_access_to_files(version: &str) {
     let damaged = DamagedImage::new(version).await;
-    let elsewhere = Some(PathBuf::from("/nothing/is/here"));
-    let config = Config { content_root: elsewhere, ..damaged.daemon.config("k8s.io") };
+    let content_root = Some(PathBuf::from("/nothing/is/here"));
+    let config = Config { content_root, ..damaged.daemon.config("k8s.io") };
     let store = ContainerdStore::new(config).unwrap();
     for blob in every_blob(&damaged.image) {
         let path = damaged.daemon.file_of(blob.digest);

@@ -123,14 +123,14 @@ async fn collect(store: &ContainerdStore) {
 }
 
 /// Asserts that a staged blob is sent, and that neither a staging file nor a stray file is left.
-async fn assert_sent(daemon: &Daemon, store: &ContainerdStore, pin: &Pin, why: &str) {
+async fn assert_sent(daemon: &Daemon, store: &ContainerdStore, pin: &Pin, expected_reason: &str) {
     let bytes = content("sent", (3 << 20) + 7);
     let digest = Digest::of(&bytes);
     let before = stage(store, daemon, &bytes, pin).await.unwrap();
     assert_ne!(inode(&daemon.file_of(digest)), before, "the blob is another file than the staging file");
     assert_eq!(read(store, digest).await, bytes);
     let Some(IngestMode::Copied(reason)) = ingest(store).await else { panic!("{:?}", ingest(store).await) };
-    assert!(reason.contains(why), "{reason}");
+    assert!(reason.contains(expected_reason), "{reason}");
     assert_eq!(staged_files(daemon), Vec::<PathBuf>::new());
     let names = fs::read_dir(daemon.content_root().join("blobs/sha256")).unwrap().count();
     assert_eq!(names, store.blobs().await.unwrap().len(), "every blob file has a record");
@@ -147,10 +147,10 @@ pub(crate) async fn a_staged_blob_under_the_isolated_policy_is_sent(version: &st
 struct Tmpfs(PathBuf);
 
 impl Tmpfs {
-    fn mount(at: &Path, options: &str) -> Self {
-        fs::create_dir_all(at).unwrap();
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
-        Self(at.to_owned())
+    fn mount(folder: &Path, options: &str) -> Self {
+        fs::create_dir_all(folder).unwrap();
+        mount(Some("tmpfs"), folder, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
+        Self(folder.to_owned())
     }
 }
 
@@ -208,29 +208,29 @@ pub(crate) async fn a_file_that_no_record_names_is_not_trusted(version: &str) {
     let (wrong, right) = (content("expected", 300_000), content("right already", 300_000));
     fs::write(daemon.file_of(Digest::of(&wrong)), content("something else", 300_000)).unwrap();
     fs::write(daemon.file_of(Digest::of(&right)), &right).unwrap();
-    let there = inode(&daemon.file_of(Digest::of(&right)));
+    let inode_before = inode(&daemon.file_of(Digest::of(&right)));
     for bytes in [&wrong, &right] {
         stage(&store, &daemon, bytes, &pin).await;
         assert_eq!(read(&store, Digest::of(bytes)).await, *bytes);
     }
-    assert_eq!(inode(&daemon.file_of(Digest::of(&right))), there, "a file with the right bytes stays");
+    assert_eq!(inode(&daemon.file_of(Digest::of(&right))), inode_before, "a file with the right bytes stays");
     assert_eq!(staged_files(&daemon), Vec::<PathBuf>::new());
 }
 
 pub(crate) async fn a_file_that_no_record_names_is_not_trusted_where_blobs_are_sent(version: &str) {
     let isolated = "[plugins.\"io.containerd.metadata.v1.bolt\"]\n  content_sharing_policy = \"isolated\"\n";
     for settings in [isolated, ""] {
-        for is_seen in [true, false] {
+        for has_file_access in [true, false] {
             let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), settings).await;
-            let (seen, pin) = with_content(&daemon, "sent").await;
-            let elsewhere = Some(PathBuf::from("/nothing/is/here"));
-            let hidden = ContainerdStore::new(Config { content_root: elsewhere, ..daemon.config("sent") }).unwrap();
-            let store = if is_seen { &seen } else { &hidden };
-            let what = format!("policy {settings:?}, files seen: {is_seen}");
-            let (long, other) = (content("as long", 3_000_000), content("of another size", 2_000_000));
-            fs::write(daemon.file_of(Digest::of(&long)), content("something else", 3_000_000)).unwrap();
-            fs::write(daemon.file_of(Digest::of(&other)), "short").unwrap();
-            for bytes in [&long, &other] {
+            let (store_with_files, pin) = with_content(&daemon, "sent").await;
+            let content_root = Some(PathBuf::from("/nothing/is/here"));
+            let store_without_files = ContainerdStore::new(Config { content_root, ..daemon.config("sent") }).unwrap();
+            let store = if has_file_access { &store_with_files } else { &store_without_files };
+            let what = format!("policy {settings:?}, files seen: {has_file_access}");
+            let (same_size, other_size) = (content("as long", 3_000_000), content("of another size", 2_000_000));
+            fs::write(daemon.file_of(Digest::of(&same_size)), content("something else", 3_000_000)).unwrap();
+            fs::write(daemon.file_of(Digest::of(&other_size)), "short").unwrap();
+            for bytes in [&same_size, &other_size] {
                 let digest = Digest::of(bytes);
                 let staged = store.stage(digest, bytes.len() as u64, &pin).await.unwrap();
                 write_out_of_order(&*staged, bytes).await;
@@ -246,7 +246,7 @@ pub(crate) async fn a_file_that_no_record_names_is_not_trusted_where_blobs_are_s
                 // Without a view of the files, wrong bytes are found after the commit. The next
                 // attempt writes the blob.
                 Err(error) => {
-                    assert!(!is_seen, "{what}: {error}");
+                    assert!(!has_file_access, "{what}: {error}");
                     assert!(store.blob(Digest::of(&direct)).await.unwrap().is_none(), "{what}");
                     write(store, &direct, &pin, &BlobMetadata::default()).await;
                     assert_eq!(read(store, Digest::of(&direct)).await, direct, "{what}");
@@ -264,14 +264,14 @@ pub(crate) async fn a_full_disk_is_reported_and_its_space_is_freed(version: &str
     let bytes = content("too large", 4 << 20);
     let digest = Digest::of(b"never whole");
     let staged = store.stage(digest, 1 << 30, &pin).await.unwrap();
-    let mut told = Ok(());
+    let mut outcome = Ok(());
     for number in 0..32 {
-        told = staged.write_at(number * (8 << 20), std::slice::from_ref(&bytes)).await;
-        if told.is_err() {
+        outcome = staged.write_at(number * (8 << 20), std::slice::from_ref(&bytes)).await;
+        if outcome.is_err() {
             break;
         }
     }
-    assert!(matches!(&told, Err(StoreError::Full(full)) if *full == digest), "{told:?}");
+    assert!(matches!(&outcome, Err(StoreError::Full(full)) if *full == digest), "{outcome:?}");
     staged.abandon().await;
     drop(staged);
     stage(&store, &daemon, &bytes, &pin).await;
@@ -305,7 +305,7 @@ pub(crate) async fn abandoned_staging_files_are_removed(version: &str) {
         (staged, path)
     };
     let (brief, long) = (Duration::from_secs(60), STAGED_BLOB_LIFE + Duration::from_secs(60));
-    let (held, held_path) = begin("held", long).await;
+    let (open, open_path) = begin("held", long).await;
     let (young, young_path) = begin("young", STAGED_BLOB_LIFE - brief).await;
     let (old, old_path) = begin("old", long).await;
     drop((young, old));
@@ -319,6 +319,6 @@ pub(crate) async fn abandoned_staging_files_are_removed(version: &str) {
         }
     };
     timeout(WAIT_DEADLINE, removed).await.expect("the sweep removes the abandoned staging file");
-    assert!(held_path.exists() && young_path.exists());
-    drop(held);
+    assert!(open_path.exists() && young_path.exists());
+    drop(open);
 }

@@ -26,13 +26,13 @@ pub(crate) struct TestNode {
 
 impl TestNode {
     pub(crate) fn new() -> Self {
-        let (peer, fetcher) = (Arc::new(MemoryStore::new()), Arc::new(MemoryFetcher::default()));
-        let holders = PeerInventory::default();
+        let (peer_store, fetcher) = (Arc::new(MemoryStore::new()), Arc::new(MemoryFetcher::default()));
+        let inventory = PeerInventory::default();
         let (id, node, address) =
             (peer_id(1), "elsewhere".parse::<NodeName>().unwrap(), "127.0.0.1:1".parse().unwrap());
-        holders.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
-        fetcher.put_peer(id, Arc::clone(&peer) as _, Behaviour::Honest);
-        Self { peer_store: peer, fetcher, inventory: holders }
+        inventory.apply(MeshEvent::Up(Peer { id, node, zone: None, transfer: address, gossip: address }));
+        fetcher.put_peer(id, Arc::clone(&peer_store) as _, Behaviour::Honest);
+        Self { peer_store, fetcher, inventory }
     }
 
     /// Puts an image into the peer's store and announces the image to the node.
@@ -80,11 +80,11 @@ pub(crate) async fn blobs_lost_to_gc(store: &ContainerdStore, image: &MadeImage)
     store.release_and_collect(pin).await.unwrap();
     let mut lost = Vec::new();
     for blob in every_blob(image) {
-        let right = match store.open(blob.digest).await {
+        let is_intact = match store.open(blob.digest).await {
             Ok(_) => Digest::of(&super::read(store, blob.digest).await) == blob.digest,
             Err(_) => false,
         };
-        if !right {
+        if !is_intact {
             lost.push(format!("{} {}", blob.media_type, blob.digest));
         }
     }

@@ -222,12 +222,12 @@ pub(crate) async fn layers_are_unpacked_only_into_the_snapshotter_of_cri(version
              [proxy_plugins.stargz]\n  type = \"snapshot\"\n  address = \"/nothing/is/here.sock\"\n"
         )
     };
-    for (set, suited) in [("native", true), ("stargz", false), ("absent", false)] {
-        let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), &cri(set)).await;
+    for (configured, is_supported) in [("native", true), ("stargz", false), ("absent", false)] {
+        let daemon = Daemon::start_in(version, tempfile::tempdir().unwrap(), &cri(configured)).await;
         let found = daemon.store("k8s.io").inspect(Path::new("/nothing/is/here")).await.unwrap().snapshotter;
         match found {
-            Snapshotter::Supported(name) => assert!(suited && name == set, "{set}: {name}"),
-            Snapshotter::Unsupported(why) => assert!(!suited, "{set}: {why}"),
+            Snapshotter::Supported(name) => assert!(is_supported && name == configured, "{configured}: {name}"),
+            Snapshotter::Unsupported(reason) => assert!(!is_supported, "{configured}: {reason}"),
         }
     }
 }

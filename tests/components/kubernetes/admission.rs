@@ -22,15 +22,15 @@ fn peer(n: u8) -> PeerId {
     PeerId::from_public_key([n; 32])
 }
 
-fn token_admission(cluster: &KubeCluster, peer: PeerId, keep: TokenAdmissionOptions) -> TokenAdmission {
-    TokenAdmission::new(cluster, peer, keep, Metrics::new())
+fn token_admission(cluster: &KubeCluster, peer: PeerId, options: TokenAdmissionOptions) -> TokenAdmission {
+    TokenAdmission::new(cluster, peer, options, Metrics::new())
 }
 
-async fn admission(place: &KubeNamespace, n: u8) -> TokenAdmission {
-    token_admission(&place.agent().await, peer(n), TokenAdmissionOptions::default())
+async fn admission(kube: &KubeNamespace, n: u8) -> TokenAdmission {
+    token_admission(&kube.agent().await, peer(n), TokenAdmissionOptions::default())
 }
 
-fn denied(verdict: Result<impl Sized, Rejection>) -> String {
+fn expect_denied(verdict: Result<impl Sized, Rejection>) -> String {
     match verdict {
         Err(Rejection::Denied(text)) => text,
         Err(other) => panic!("{other}"),
@@ -41,9 +41,9 @@ fn denied(verdict: Result<impl Sized, Rejection>) -> String {
 #[tokio::test]
 async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let pod = place.pod("agent").await;
-        let config = Config { pod_uid: Some(pod.uid), ..place.config() };
+        let kube = KubeNamespace::new().await;
+        let pod = kube.pod("agent").await;
+        let config = Config { pod_uid: Some(pod.uid), ..kube.config() };
         let agent =
             Arc::new(token_admission(&connect(config).await.unwrap(), peer(1), TokenAdmissionOptions::default()));
         assert!(matches!(agent.credential().await, Err(Rejection::Undecided(_))), "none yet");
@@ -60,15 +60,15 @@ async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
         stop.cancel();
         task.join_next().await.unwrap().unwrap();
 
-        let other = admission(&place, 2).await;
-        let admitted = other.admit(peer(1), &credential).await.unwrap();
+        let other_agent = admission(&kube, 2).await;
+        let admitted = other_agent.admit(peer(1), &credential).await.unwrap();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
         assert!(admitted.valid_until > now && !admitted.is_in_grace);
         assert!(admitted.valid_until <= now + Duration::from_secs(3600), "a token for a PeerId is not extended");
         // Tokens name the node from Kubernetes 1.30 on.
-        let told = admitted.node.map(|node| node.to_string());
-        assert_eq!(told, (place.minor().await >= 30).then(|| place.name.clone()));
-        assert!(denied(other.admit(peer(2), &credential).await).contains("another peer"));
+        let admitted_node = admitted.node.map(|node| node.to_string());
+        assert_eq!(admitted_node, (kube.minor().await >= 30).then(|| kube.name.clone()));
+        assert!(expect_denied(other_agent.admit(peer(2), &credential).await).contains("another peer"));
     })
     .await;
 }
@@ -76,39 +76,39 @@ async fn an_agent_gets_a_token_that_admits_its_own_key_and_no_other() {
 #[tokio::test]
 async fn tokens_that_no_agent_holds_are_rejected() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let pod = place.pod("agent").await;
-        let accounts = Api::<ServiceAccount>::namespaced(place.admin.clone(), &place.name);
+        let kube = KubeNamespace::new().await;
+        let pod = kube.pod("agent").await;
+        let accounts = Api::<ServiceAccount>::namespaced(kube.admin.clone(), &kube.name);
         create(&accounts, json!({ "metadata": { "name": "other" } })).await;
-        let agent = admission(&place, 1).await;
+        let agent = admission(&kube, 1).await;
         let audience = || Some(peer(2).to_string());
-        let good = place.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
+        let good = kube.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
         assert!(agent.admit(peer(2), &Credential::new(good)).await.is_ok());
-        for (token, flaw) in [
-            (place.token(SERVICE_ACCOUNT, None, Some(&pod)).await, "another peer"),
-            (place.token(SERVICE_ACCOUNT, Some(peer(3).to_string()), Some(&pod)).await, "another peer"),
-            (place.token(SERVICE_ACCOUNT, audience(), None).await, "not bound to a pod"),
-            (place.token("other", audience(), None).await, "another ServiceAccount"),
+        for (token, rejection) in [
+            (kube.token(SERVICE_ACCOUNT, None, Some(&pod)).await, "another peer"),
+            (kube.token(SERVICE_ACCOUNT, Some(peer(3).to_string()), Some(&pod)).await, "another peer"),
+            (kube.token(SERVICE_ACCOUNT, audience(), None).await, "not bound to a pod"),
+            (kube.token("other", audience(), None).await, "another ServiceAccount"),
         ] {
-            let text = denied(agent.admit(peer(2), &Credential::new(token)).await);
-            assert!(text.contains(flaw), "{flaw}: {text}");
+            let text = expect_denied(agent.admit(peer(2), &Credential::new(token)).await);
+            assert!(text.contains(rejection), "{rejection}: {text}");
         }
-        let elsewhere = KubeNamespace::new().await;
-        let pod = elsewhere.pod("agent").await;
-        let token = elsewhere.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
-        assert!(denied(agent.admit(peer(2), &Credential::new(token)).await).contains("another ServiceAccount"));
+        let other_kube = KubeNamespace::new().await;
+        let pod = other_kube.pod("agent").await;
+        let token = other_kube.token(SERVICE_ACCOUNT, audience(), Some(&pod)).await;
+        assert!(expect_denied(agent.admit(peer(2), &Credential::new(token)).await).contains("another ServiceAccount"));
     })
     .await;
 }
 
 /// Signs claims that the API server would not issue, with the API server's own key.
-fn sign_claims(place: &KubeNamespace, kid: &str, change: impl FnOnce(&mut Value)) -> Credential {
+fn sign_claims(kube: &KubeNamespace, kid: &str, change: impl FnOnce(&mut Value)) -> Credential {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let mut claims = json!({
         "iss": ISSUER, "aud": [peer(2).to_string()], "iat": now, "nbf": now, "exp": now + 3600,
-        "sub": format!("system:serviceaccount:{}:{SERVICE_ACCOUNT}", place.name),
+        "sub": format!("system:serviceaccount:{}:{SERVICE_ACCOUNT}", kube.name),
         "kubernetes.io": {
-            "namespace": place.name, "serviceaccount": { "name": SERVICE_ACCOUNT, "uid": "s" }, "pod": { "name": "p", "uid": "p" },
+            "namespace": kube.name, "serviceaccount": { "name": SERVICE_ACCOUNT, "uid": "s" }, "pod": { "name": "p", "uid": "p" },
         },
     });
     change(&mut claims);
@@ -119,27 +119,27 @@ fn sign_claims(place: &KubeNamespace, kid: &str, change: impl FnOnce(&mut Value)
 #[tokio::test]
 async fn the_clusters_own_key_does_not_help_an_expired_or_long_lived_token() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let pod = place.pod("agent").await;
-        let token = place.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
+        let kube = KubeNamespace::new().await;
+        let pod = kube.pod("agent").await;
+        let token = kube.token(SERVICE_ACCOUNT, None, Some(&pod)).await;
         let kid = jsonwebtoken::decode_header(&token).unwrap().kid.unwrap();
-        let agent = admission(&place, 1).await;
-        let forged = sign_claims(&place, &kid, |_| ());
+        let agent = admission(&kube, 1).await;
+        let forged = sign_claims(&kube, &kid, |_| ());
         assert!(
-            denied(agent.admit(peer(2), &forged).await).contains("the API server"),
+            expect_denied(agent.admit(peer(2), &forged).await).contains("the API server"),
             "the API server rejects a token of an absent pod"
         );
         // This agent requests no TokenReview of the forgery, so only the signature counts.
-        let agent = admission(&place, 3).await;
-        denied(agent.admit(peer(4), &forged).await);
+        let agent = admission(&kube, 3).await;
+        expect_denied(agent.admit(peer(4), &forged).await);
         assert!(agent.admit_relayed(peer(2), &forged).is_ok(), "the forgery has a valid signature");
         let shift = |claim: &'static str, by: i64| {
-            sign_claims(&place, &kid, move |claims| claims[claim] = (claims[claim].as_i64().unwrap() + by).into())
+            sign_claims(&kube, &kid, move |claims| claims[claim] = (claims[claim].as_i64().unwrap() + by).into())
         };
-        assert!(denied(agent.admit_relayed(peer(2), &shift("exp", -3700))).contains("expired"));
-        assert!(denied(agent.admit_relayed(peer(2), &shift("exp", 3600))).contains("lives longer"));
-        let unknown = sign_claims(&place, "never-published", |_| ());
-        assert!(denied(agent.admit(peer(2), &unknown).await).contains("does not publish"));
+        assert!(expect_denied(agent.admit_relayed(peer(2), &shift("exp", -3700))).contains("expired"));
+        assert!(expect_denied(agent.admit_relayed(peer(2), &shift("exp", 3600))).contains("lives longer"));
+        let unknown = sign_claims(&kube, "never-published", |_| ());
+        assert!(expect_denied(agent.admit(peer(2), &unknown).await).contains("does not publish"));
     })
     .await;
 }
@@ -147,49 +147,50 @@ async fn the_clusters_own_key_does_not_help_an_expired_or_long_lived_token() {
 #[tokio::test]
 async fn cached_keys_verify_tokens_while_the_api_server_is_away() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let pod = place.pod("agent").await;
+        let kube = KubeNamespace::new().await;
+        let pod = kube.pod("agent").await;
         let (proxy, folder) = (Proxy::open().await, tempfile::tempdir().unwrap());
-        let keep = TokenAdmissionOptions {
+        let options = TokenAdmissionOptions {
             file: Some(folder.path().join("admission.json")),
             grace: Duration::from_secs(86_400),
         };
-        let through_proxy = async |keep: &TokenAdmissionOptions| {
-            let config = place.config_with(proxy.port(), "admin-of-the-tests");
-            token_admission(&connect(config).await.unwrap(), peer(1), keep.clone())
+        let through_proxy = async |options: &TokenAdmissionOptions| {
+            let config = kube.config_with(proxy.port(), "admin-of-the-tests");
+            token_admission(&connect(config).await.unwrap(), peer(1), options.clone())
         };
-        let (knows, knows_not) = (through_proxy(&keep).await, through_proxy(&TokenAdmissionOptions::default()).await);
-        let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
-        knows.admit(peer(2), &credential).await.unwrap();
+        let (with_cached_keys, without_cached_keys) =
+            (through_proxy(&options).await, through_proxy(&TokenAdmissionOptions::default()).await);
+        let credential = Credential::new(kube.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
+        with_cached_keys.admit(peer(2), &credential).await.unwrap();
         // `run` saves the cached keys and verdicts even when stopped before the start.
         let stopped = CancellationToken::new();
         stopped.cancel();
-        knows.run(stopped).await;
-        let restarted = through_proxy(&keep).await;
+        with_cached_keys.run(stopped).await;
+        let restarted = through_proxy(&options).await;
 
-        proxy.cut().await;
-        knows.admit(peer(2), &credential).await.unwrap();
+        proxy.close().await;
+        with_cached_keys.admit(peer(2), &credential).await.unwrap();
         restarted.admit(peer(2), &credential).await.unwrap();
         restarted.admit_relayed(peer(2), &credential).unwrap();
-        assert!(matches!(knows_not.admit(peer(2), &credential).await, Err(Rejection::Undecided(_))));
-        denied(knows.admit(peer(3), &credential).await);
+        assert!(matches!(without_cached_keys.admit(peer(2), &credential).await, Err(Rejection::Undecided(_))));
+        expect_denied(with_cached_keys.admit(peer(3), &credential).await);
     })
     .await;
 }
 
 #[tokio::test]
-async fn the_api_server_refuses_a_token_whose_pod_is_gone_and_the_signature_alone_does_not() {
+async fn the_api_server_rejects_a_token_whose_pod_is_gone_and_the_signature_alone_does_not() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let [asks, trusts] = [admission(&place, 1).await, admission(&place, 3).await];
-        let pod = place.pod("agent").await;
-        let credential = Credential::new(place.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
-        place.pods().delete(&pod.name, &DeleteParams::default().grace_period(0)).await.unwrap();
-        assert!(denied(asks.admit(peer(2), &credential).await).contains("the API server"));
+        let kube = KubeNamespace::new().await;
+        let [reviewer, key_verifier] = [admission(&kube, 1).await, admission(&kube, 3).await];
+        let pod = kube.pod("agent").await;
+        let credential = Credential::new(kube.token(SERVICE_ACCOUNT, Some(peer(2).to_string()), Some(&pod)).await);
+        kube.pods().delete(&pod.name, &DeleteParams::default().grace_period(0)).await.unwrap();
+        assert!(expect_denied(reviewer.admit(peer(2), &credential).await).contains("the API server"));
         // Only a request to the API server fetches the keys.
-        denied(trusts.admit(peer(4), &credential).await);
-        trusts.admit_relayed(peer(2), &credential).unwrap();
-        denied(asks.admit_relayed(peer(2), &credential));
+        expect_denied(key_verifier.admit(peer(4), &credential).await);
+        key_verifier.admit_relayed(peer(2), &credential).unwrap();
+        expect_denied(reviewer.admit_relayed(peer(2), &credential));
     })
     .await;
 }

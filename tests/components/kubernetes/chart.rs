@@ -6,14 +6,14 @@ use super::apiserver::{KubeNamespace, with_deadline};
 use crate::fleet::rbac::rendered;
 
 /// Renders a template that has only one object.
-async fn render_one(place: &KubeNamespace, template: &str, values: &str) -> Value {
-    let mut objects = rendered(place, template, values).await;
+async fn render_one(kube: &KubeNamespace, template: &str, values: &str) -> Value {
+    let mut objects = rendered(kube, template, values).await;
     assert_eq!(objects.len(), 1, "{template}");
     objects.remove(0)
 }
 
-fn named<'a>(list: &'a Value, name: &str) -> Option<&'a Value> {
-    list.as_array().unwrap().iter().find(|item| item["name"] == name)
+fn named<'a>(items: &'a Value, name: &str) -> Option<&'a Value> {
+    items.as_array().unwrap().iter().find(|item| item["name"] == name)
 }
 
 #[tokio::test]
@@ -30,10 +30,9 @@ async fn the_service_lists_agents_before_they_are_ready() {
 #[tokio::test]
 async fn a_secret_with_certificates_is_mounted_at_the_configured_paths() {
     with_deadline(async {
-        let (place, template) = (KubeNamespace::new().await, "templates/daemonset.yaml");
+        let (kube, template) = (KubeNamespace::new().await, "templates/daemonset.yaml");
         let set =
-            render_one(&place, template, "agent.admission=certificate,agent.tlsName=mesh.test,tlsSecret=mesh-tls")
-                .await;
+            render_one(&kube, template, "agent.admission=certificate,agent.tlsName=mesh.test,tlsSecret=mesh-tls").await;
         let pod = &set["spec"]["template"]["spec"];
         let agent = &pod["containers"][0];
         let volume = named(&pod["volumes"], "tls").expect("a volume");
@@ -50,7 +49,7 @@ async fn a_secret_with_certificates_is_mounted_at_the_configured_paths() {
             assert_eq!(named(&agent["env"], name).map(|set| &set["value"]), Some(&json!(value)), "{name}");
         }
 
-        let set = render_one(&place, template, "").await;
+        let set = render_one(&kube, template, "").await;
         let pod = &set["spec"]["template"]["spec"];
         assert_eq!(named(&pod["volumes"], "tls"), None, "no TLS Secret is set");
         assert_eq!(named(&pod["containers"][0]["env"], "LIGHTERMAN_TLS_KEY"), None);
@@ -82,19 +81,19 @@ async fn a_default_installation_mounts_no_folder_that_a_node_may_lack() {
 #[tokio::test]
 async fn a_named_root_mounts_its_content_store_and_the_verifiers_only_where_they_are_named() {
     with_deadline(async {
-        let (place, template) = (KubeNamespace::new().await, "templates/daemonset.yaml");
+        let (kube, template) = (KubeNamespace::new().await, "templates/daemonset.yaml");
         let content = "/data/containerd/io.containerd.content.v1.content";
-        let set = render_one(&place, template, "containerdRoot=/data/containerd").await;
+        let set = render_one(&kube, template, "containerdRoot=/data/containerd").await;
         assert_eq!(host_paths(&set), ["/run/containerd", content, "/var/lib/lighterman"]);
         let agent = &set["spec"]["template"]["spec"]["containers"][0];
         assert_eq!(named(&agent["env"], "LIGHTERMAN_HOST_ROOT"), None);
 
         let set =
-            render_one(&place, template, "containerdRoot=/data/containerd,agent.imageVerifierDir=/opt/verifiers").await;
+            render_one(&kube, template, "containerdRoot=/data/containerd,agent.imageVerifierDir=/opt/verifiers").await;
         assert_eq!(host_paths(&set), ["/run/containerd", content, "/opt/verifiers", "/var/lib/lighterman"]);
         let agent = &set["spec"]["template"]["spec"]["containers"][0];
-        let told = named(&agent["env"], "LIGHTERMAN_IMAGE_VERIFIER_DIR").map(|set| &set["value"]);
-        assert_eq!(told, Some(&json!("/opt/verifiers")));
+        let verifier_folder = named(&agent["env"], "LIGHTERMAN_IMAGE_VERIFIER_DIR").map(|set| &set["value"]);
+        assert_eq!(verifier_folder, Some(&json!("/opt/verifiers")));
     })
     .await;
 }
@@ -102,8 +101,8 @@ async fn a_named_root_mounts_its_content_store_and_the_verifiers_only_where_they
 #[tokio::test]
 async fn a_quota_admits_pods_of_the_agents_priority_class() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let quota = render_one(&place, "templates/quota.yaml", "priorityClassName=my-class").await;
+        let kube = KubeNamespace::new().await;
+        let quota = render_one(&kube, "templates/quota.yaml", "priorityClassName=my-class").await;
         let scope =
             json!({ "matchExpressions": [{ "scopeName": "PriorityClass", "operator": "In", "values": ["my-class"] }] });
         assert_eq!((&quota["kind"], &quota["spec"]["scopeSelector"]), (&json!("ResourceQuota"), &scope));

@@ -15,12 +15,12 @@ fn digest() -> Digest {
     Digest::of(b"an image")
 }
 
-async fn agent_on(place: &KubeNamespace, node: &str) -> KubeCluster {
-    connect(Config { node: node.parse().unwrap(), ..place.config() }).await.unwrap()
+async fn agent_on(kube: &KubeNamespace, node: &str) -> KubeCluster {
+    connect(Config { node: node.parse().unwrap(), ..kube.config() }).await.unwrap()
 }
 
-fn leases(place: &KubeNamespace) -> Api<Lease> {
-    Api::namespaced(place.admin.clone(), &place.name)
+fn leases(kube: &KubeNamespace) -> Api<Lease> {
+    Api::namespaced(kube.admin.clone(), &kube.name)
 }
 
 /// The time to the microsecond, which is the precision of a Lease.
@@ -32,15 +32,15 @@ fn now() -> SystemTime {
 #[tokio::test]
 async fn only_one_of_two_agents_creates_a_claim() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let (a, b) = (agent_on(&place, "a").await, agent_on(&place, "b").await);
+        let kube = KubeNamespace::new().await;
+        let (a, b) = (agent_on(&kube, "a").await, agent_on(&kube, "b").await);
         let now = now();
         assert_eq!(a.read(digest()).await.unwrap(), None);
         a.create(digest(), now).await.unwrap();
         assert!(matches!(b.create(digest(), now).await, Err(ClaimError::Lost)));
         let read = b.read(digest()).await.unwrap().unwrap();
         assert_eq!((read.holder.as_deref(), read.renewed), (Some("a"), Some(now)));
-        let lease = leases(&place).get(&format!("lighterman-{}", &digest().hex()[..32])).await.unwrap();
+        let lease = leases(&kube).get(&format!("lighterman-{}", &digest().hex()[..32])).await.unwrap();
         assert_eq!(lease.spec.unwrap().lease_duration_seconds, Some(15));
         assert_eq!(lease.metadata.labels.unwrap()["app.kubernetes.io/name"], "lighterman");
     })
@@ -50,8 +50,8 @@ async fn only_one_of_two_agents_creates_a_claim() {
 #[tokio::test]
 async fn an_update_of_an_older_lease_version_loses() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let (a, b) = (agent_on(&place, "a").await, agent_on(&place, "b").await);
+        let kube = KubeNamespace::new().await;
+        let (a, b) = (agent_on(&kube, "a").await, agent_on(&kube, "b").await);
         let begun = now();
         a.create(digest(), begun).await.unwrap();
         let read = a.read(digest()).await.unwrap().unwrap();
@@ -74,8 +74,8 @@ async fn an_update_of_an_older_lease_version_loses() {
 #[tokio::test]
 async fn only_the_holder_releases_a_claim() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let (a, b) = (agent_on(&place, "a").await, agent_on(&place, "b").await);
+        let kube = KubeNamespace::new().await;
+        let (a, b) = (agent_on(&kube, "a").await, agent_on(&kube, "b").await);
         a.create(digest(), now()).await.unwrap();
         b.release(digest()).await.unwrap();
         assert!(a.read(digest()).await.unwrap().is_some());
@@ -90,8 +90,8 @@ async fn only_the_holder_releases_a_claim() {
 #[tokio::test]
 async fn abandoned_claims_are_swept_a_few_at_a_time() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let agent = agent_on(&place, "a").await;
+        let kube = KubeNamespace::new().await;
+        let agent = agent_on(&kube, "a").await;
         let now = now();
         let hours_ago = |hours: u64| now - Duration::from_secs(hours * 3600 + 60);
         for i in 0..25_u8 {
@@ -102,11 +102,11 @@ async fn abandoned_claims_are_swept_a_few_at_a_time() {
             "metadata": { "name": "of-another-program" },
             "spec": { "holderIdentity": "x", "leaseDurationSeconds": 1, "renewTime": "2001-01-01T00:00:00.000000Z" },
         });
-        create(&leases(&place), foreign).await;
+        create(&leases(&kube), foreign).await;
         assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 20);
         assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 5);
         assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 0);
-        let left = leases(&place).list(&ListParams::default()).await.unwrap().items.len();
+        let left = leases(&kube).list(&ListParams::default()).await.unwrap().items.len();
         assert_eq!(left, 2, "the current claim and the foreign Lease stay");
     })
     .await;

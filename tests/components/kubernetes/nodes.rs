@@ -13,11 +13,11 @@ use super::apiserver::{KubeNamespace, create, with_deadline};
 async fn the_own_nodes_label_names_the_zone() {
     with_deadline(async {
         for (label, zone) in [(Some("eu-central-1a"), Some("eu-central-1a")), (Some(""), None), (None, None)] {
-            let place = KubeNamespace::new().await;
-            let agent = place.agent().await;
+            let kube = KubeNamespace::new().await;
+            let agent = kube.agent().await;
             let labels = label.map(|label| json!({ "topology.kubernetes.io/zone": label }));
-            let node = json!({ "metadata": { "name": place.name, "labels": labels } });
-            create::<Node>(&Api::all(place.admin.clone()), node).await;
+            let node = json!({ "metadata": { "name": kube.name, "labels": labels } });
+            create::<Node>(&Api::all(kube.admin.clone()), node).await;
             let found = agent.zone().await.unwrap();
             assert_eq!(found.as_ref().map(|zone| zone.as_str()), zone, "{label:?}");
         }
@@ -37,11 +37,11 @@ async fn an_absent_node_has_no_zone_yet() {
 #[tokio::test]
 async fn the_creation_time_of_a_node_is_the_api_servers_and_the_same_for_every_agent() {
     with_deadline(async {
-        let (place, other) = (KubeNamespace::new().await, KubeNamespace::new().await);
-        let node = json!({ "metadata": { "name": place.name } });
-        create::<Node>(&Api::all(place.admin.clone()), node).await;
-        let name = place.name.parse().unwrap();
-        let created = place.agent().await.node_created(&name).await.unwrap();
+        let (kube, other) = (KubeNamespace::new().await, KubeNamespace::new().await);
+        let node = json!({ "metadata": { "name": kube.name } });
+        create::<Node>(&Api::all(kube.admin.clone()), node).await;
+        let name = kube.name.parse().unwrap();
+        let created = kube.agent().await.node_created(&name).await.unwrap();
         let age = SystemTime::now().duration_since(created).unwrap_or_default();
         assert!(age < Duration::from_secs(600), "{age:?}");
         assert_eq!(other.agent().await.node_created(&name).await.unwrap(), created);

@@ -26,32 +26,32 @@ fn template(image: &str) -> Value {
 }
 
 /// Creates the DaemonSet of this namespace and returns the UID.
-async fn daemonset(place: &KubeNamespace, image: &str) -> String {
+async fn daemonset(kube: &KubeNamespace, image: &str) -> String {
     let spec = json!({ "selector": { "matchLabels": { "app": "lighterman" } }, "template": template(image) });
     let object = json!({ "metadata": { "name": "lighterman" }, "spec": spec });
-    let made = create::<DaemonSet>(&daemonsets(place), object).await;
-    made.metadata.uid.unwrap()
+    let created = create::<DaemonSet>(&daemonsets(kube), object).await;
+    created.metadata.uid.unwrap()
 }
 
-fn daemonsets(place: &KubeNamespace) -> Api<DaemonSet> {
-    Api::namespaced(place.admin.clone(), &place.name)
+fn daemonsets(kube: &KubeNamespace) -> Api<DaemonSet> {
+    Api::namespaced(kube.admin.clone(), &kube.name)
 }
 
 /// Creates the agent's pod, owned by the DaemonSet of this UID, and connects an agent with a token
 /// of its own.
-async fn agent(place: &KubeNamespace, uid: &str) -> Arc<KubeCluster> {
+async fn agent(kube: &KubeNamespace, uid: &str) -> Arc<KubeCluster> {
     let owner =
         json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "name": "lighterman", "uid": uid, "controller": true });
     let pod = json!({
         "metadata": { "name": "agent", "ownerReferences": [owner] },
         "spec": {
-            "nodeName": place.name, "serviceAccountName": SERVICE_ACCOUNT,
+            "nodeName": kube.name, "serviceAccountName": SERVICE_ACCOUNT,
             "containers": [{ "name": "agent", "image": "reg.test/lighterman:v1" }],
         },
     });
-    create::<Pod>(&place.pods(), pod).await;
-    let token = place.token(SERVICE_ACCOUNT, None, None).await;
-    Arc::new(connect(place.config_with(address().port(), &token)).await.unwrap())
+    create::<Pod>(&kube.pods(), pod).await;
+    let token = kube.token(SERVICE_ACCOUNT, None, None).await;
+    Arc::new(connect(kube.config_with(address().port(), &token)).await.unwrap())
 }
 
 fn names(images: &OwnImages) -> (Vec<String>, Option<Vec<String>>) {
@@ -71,33 +71,33 @@ async fn wait_template(agent: &KubeCluster, template: Option<&[&str]>) {
 #[tokio::test]
 async fn the_template_of_the_own_daemonset_is_read_with_the_charts_rights() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        grant_rbac(&place, "podPolicy=always").await;
-        let uid = daemonset(&place, "reg.test/lighterman:v1").await;
-        let agent = agent(&place, &uid).await;
+        let kube = KubeNamespace::new().await;
+        grant_rbac(&kube, "podPolicy=always").await;
+        let uid = daemonset(&kube, "reg.test/lighterman:v1").await;
+        let agent = agent(&kube, &uid).await;
         assert_eq!(agent.own_images().await.unwrap(), OwnImages::default(), "the agent's pod is not seen yet");
         let mut watch = PodWatch::start(Arc::clone(&agent));
         watch.wait_pod(|view| view.pod.name == "agent").await;
         wait_template(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v1"])).await;
 
         let next = Patch::Strategic(json!({ "spec": { "template": template("reg.test/lighterman:v2") } }));
-        daemonsets(&place).patch("lighterman", &PatchParams::default(), &next).await.unwrap();
+        daemonsets(&kube).patch("lighterman", &PatchParams::default(), &next).await.unwrap();
         wait_template(&agent, Some(&["reg.test/init:1", "reg.test/lighterman:v2"])).await;
 
         // The DaemonSet is read from the watch cache, by name: no list, no watch, no quorum read.
-        let path = format!("/apis/apps/v1/namespaces/{}/daemonsets", place.name);
-        let asked: Vec<_> = requests()
+        let path = format!("/apis/apps/v1/namespaces/{}/daemonsets", kube.name);
+        let daemonset_requests: Vec<_> = requests()
             .into_iter()
-            .filter(|(by, uri)| by.starts_with("lighterman/") && uri.starts_with(&path))
+            .filter(|(user_agent, uri)| user_agent.starts_with("lighterman/") && uri.starts_with(&path))
             .collect();
-        assert!(!asked.is_empty());
-        for (_, uri) in asked {
+        assert!(!daemonset_requests.is_empty());
+        for (_, uri) in daemonset_requests {
             assert_eq!(uri, format!("{path}/lighterman?&resourceVersion=0"));
         }
 
-        daemonsets(&place).delete("lighterman", &DeleteParams::default()).await.unwrap();
+        daemonsets(&kube).delete("lighterman", &DeleteParams::default()).await.unwrap();
         wait_template(&agent, None).await;
-        daemonset(&place, "reg.test/lighterman:v3").await;
+        daemonset(&kube, "reg.test/lighterman:v3").await;
         wait_template(&agent, None).await;
         watch.stop().await;
     })

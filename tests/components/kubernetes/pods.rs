@@ -13,7 +13,7 @@ use super::apiserver::{KubeNamespace, create, requests, with_deadline};
 use super::pod_watch::PodWatch;
 use super::proxy::Proxy;
 
-fn seen(event: &PodEvent) -> Option<&PodRef> {
+fn applied_pod(event: &PodEvent) -> Option<&PodRef> {
     match event {
         PodEvent::Applied(view) => Some(&view.pod),
         _ => None,
@@ -23,34 +23,34 @@ fn seen(event: &PodEvent) -> Option<&PodRef> {
 #[tokio::test]
 async fn pods_of_this_node_are_seen_and_no_others() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let here = place.pod("here").await;
-        place.pod_on("elsewhere", "another-node").await;
-        let agent = place.agent().await;
+        let kube = KubeNamespace::new().await;
+        let first_pod = kube.pod("here").await;
+        kube.pod_on("elsewhere", "another-node").await;
+        let agent = kube.agent().await;
         let synced = agent.synced();
         let mut watch = PodWatch::start(agent);
 
-        assert_eq!(seen(&watch.next().await), Some(&here));
-        assert_eq!(watch.next().await, PodEvent::Synced(vec![here.clone()]));
+        assert_eq!(applied_pod(&watch.next().await), Some(&first_pod));
+        assert_eq!(watch.next().await, PodEvent::Synced(vec![first_pod.clone()]));
         let mut synced = synced;
         synced.wait_for(|synced| *synced).await.unwrap();
 
-        place.pod_on("elsewhere-later", "another-node").await;
-        let later = place.pod("later").await;
-        assert_eq!(seen(&watch.next().await), Some(&later));
+        kube.pod_on("elsewhere-later", "another-node").await;
+        let later = kube.pod("later").await;
+        assert_eq!(applied_pod(&watch.next().await), Some(&later));
 
         let waiting = json!({ "status": { "containerStatuses": [{
             "name": "main", "image": "", "imageID": "", "ready": false, "restartCount": 0,
             "state": { "waiting": { "reason": "ErrImagePull", "message": "connection refused" } },
         }] } });
-        place.pods().patch_status("here", &PatchParams::default(), &Patch::Strategic(waiting)).await.unwrap();
+        kube.pods().patch_status("here", &PatchParams::default(), &Patch::Strategic(waiting)).await.unwrap();
         let PodEvent::Applied(view) = watch.next().await else { panic!("a changed pod is seen") };
         let waiting = view.containers[0].waiting.as_ref().expect("the container waits");
-        assert_eq!((view.pod, waiting.reason.as_str()), (here.clone(), "ErrImagePull"));
+        assert_eq!((view.pod, waiting.reason.as_str()), (first_pod.clone(), "ErrImagePull"));
         assert_eq!(view.containers[0].image, "reg.test/app:1");
 
-        place.delete_pod("here").await;
-        assert_eq!(watch.wait_event(|event| matches!(event, PodEvent::Deleted(_))).await, PodEvent::Deleted(here));
+        kube.delete_pod("here").await;
+        assert_eq!(watch.wait_event(|event| matches!(event, PodEvent::Deleted(_))).await, PodEvent::Deleted(first_pod));
 
         watch.stop().await;
     })
@@ -60,10 +60,10 @@ async fn pods_of_this_node_are_seen_and_no_others() {
 #[tokio::test]
 async fn every_kind_of_container_is_seen_to_wait() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
+        let kube = KubeNamespace::new().await;
         // API servers before 1.29 drop restart policies of init containers, or have no ephemeral
         // containers.
-        if place.minor().await < 29 {
+        if kube.minor().await < 29 {
             return;
         }
         let container = |name: &str| json!({ "name": name, "image": format!("reg.test/{name}:1") });
@@ -72,27 +72,27 @@ async fn every_kind_of_container_is_seen_to_wait() {
         let pod = json!({
             "metadata": { "name": "web" },
             "spec": {
-                "nodeName": place.name, "containers": [container("ordinary")],
+                "nodeName": kube.name, "containers": [container("ordinary")],
                 "initContainers": [container("init"), sidecar], "imagePullSecrets": [{ "name": "regcred" }],
             },
         });
-        create::<Pod>(&place.pods(), pod).await;
+        create::<Pod>(&kube.pods(), pod).await;
         let debug = Patch::Strategic(json!({ "spec": { "ephemeralContainers": [container("ephemeral")] } }));
-        place.pods().patch_ephemeral_containers("web", &PatchParams::default(), &debug).await.unwrap();
-        let waits = |name: &str| {
+        kube.pods().patch_ephemeral_containers("web", &PatchParams::default(), &debug).await.unwrap();
+        let waiting_status = |name: &str| {
             json!({
                 "name": name, "image": "", "imageID": "", "ready": false, "restartCount": 0,
                 "state": { "waiting": { "reason": "ImagePullBackOff", "message": name } },
             })
         };
         let status = json!({ "status": {
-            "initContainerStatuses": [waits("init"), waits("sidecar")],
-            "containerStatuses": [waits("ordinary")], "ephemeralContainerStatuses": [waits("ephemeral")],
+            "initContainerStatuses": [waiting_status("init"), waiting_status("sidecar")],
+            "containerStatuses": [waiting_status("ordinary")], "ephemeralContainerStatuses": [waiting_status("ephemeral")],
         } });
-        place.pods().patch_status("web", &PatchParams::default(), &Patch::Strategic(status)).await.unwrap();
+        kube.pods().patch_status("web", &PatchParams::default(), &Patch::Strategic(status)).await.unwrap();
 
-        let view = PodWatch::start(place.agent().await).wait_pod(|_| true).await;
-        let seen: Vec<_> = view
+        let view = PodWatch::start(kube.agent().await).wait_pod(|_| true).await;
+        let waiting_containers: Vec<_> = view
             .containers
             .iter()
             .map(|container| {
@@ -106,7 +106,7 @@ async fn every_kind_of_container_is_seen_to_wait() {
             (ContainerKind::Ordinary, "ordinary"),
             (ContainerKind::Ephemeral, "ephemeral"),
         ];
-        assert_eq!(seen, expected);
+        assert_eq!(waiting_containers, expected);
         assert_eq!((view.pull_secrets, view.owner, view.is_static), (vec!["regcred".to_owned()], None, false));
     })
     .await;
@@ -115,25 +115,25 @@ async fn every_kind_of_container_is_seen_to_wait() {
 #[tokio::test]
 async fn image_volumes_are_seen() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
+        let kube = KubeNamespace::new().await;
         // Image volumes are enabled by default from 1.35 on.
-        if place.minor().await < 35 {
+        if kube.minor().await < 35 {
             return;
         }
         let volume = |name: &str, image: &str| json!({ "name": name, "image": { "reference": image } });
         let pod = json!({
             "metadata": { "name": "web" },
             "spec": {
-                "nodeName": place.name, "containers": [{ "name": "main", "image": "reg.test/app:1" }],
+                "nodeName": kube.name, "containers": [{ "name": "main", "image": "reg.test/app:1" }],
                 "volumes": [{ "name": "scratch", "emptyDir": {} }, volume("model", "reg.test/model:1"), volume("data", "reg.test/data")],
             },
         });
-        create::<Pod>(&place.pods(), pod).await;
-        let view = PodWatch::start(place.agent().await).wait_pod(|_| true).await;
-        let seen = |name: &str, image: &str, pull_policy| ImageVolume { name: name.into(), image: image.into(), pull_policy };
+        create::<Pod>(&kube.pods(), pod).await;
+        let view = PodWatch::start(kube.agent().await).wait_pod(|_| true).await;
+        let image_volume = |name: &str, image: &str, pull_policy| ImageVolume { name: name.into(), image: image.into(), pull_policy };
         let expected = [
-            seen("model", "reg.test/model:1", PullPolicy::IfNotPresent),
-            seen("data", "reg.test/data", PullPolicy::Always),
+            image_volume("model", "reg.test/model:1", PullPolicy::IfNotPresent),
+            image_volume("data", "reg.test/data", PullPolicy::Always),
         ];
         assert_eq!(view.image_volumes, expected);
     })
@@ -143,14 +143,14 @@ async fn image_volumes_are_seen() {
 #[tokio::test]
 async fn the_watch_asks_for_one_nodes_pods_from_the_watch_cache() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let mut watch = PodWatch::start(place.agent().await);
+        let kube = KubeNamespace::new().await;
+        let mut watch = PodWatch::start(kube.agent().await);
         watch.wait_event(|event| matches!(event, PodEvent::Synced(_))).await;
-        place.pod("a").await;
+        kube.pod("a").await;
         watch.next().await;
         watch.stop().await;
-        let ours = |uri: &str| uri.contains(&format!("spec.nodeName%3D{}&", place.name)) || uri.ends_with(&place.name);
-        let of_node = || requests().into_iter().filter(|(_, uri)| ours(uri)).collect::<Vec<_>>();
+        let is_ours = |uri: &str| uri.contains(&format!("spec.nodeName%3D{}&", kube.name)) || uri.ends_with(&kube.name);
+        let of_node = || requests().into_iter().filter(|(_, uri)| is_ours(uri)).collect::<Vec<_>>();
         // The API server logs a watch at the end of the watch.
         while of_node().len() < 2 {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -169,19 +169,19 @@ async fn the_watch_asks_for_one_nodes_pods_from_the_watch_cache() {
 #[tokio::test]
 async fn the_watch_resumes_when_the_api_server_is_back() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let first = place.pod("first").await;
+        let kube = KubeNamespace::new().await;
+        let first = kube.pod("first").await;
         let proxy = Proxy::open().await;
-        let config = place.config_with(proxy.port(), "admin-of-the-tests");
+        let config = kube.config_with(proxy.port(), "admin-of-the-tests");
         let agent = connect(config).await.unwrap();
         let synced = agent.synced();
         let mut watch = PodWatch::start(agent);
         watch.wait_event(|event| *event == PodEvent::Synced(vec![first.clone()])).await;
 
-        let port = proxy.cut().await;
-        let second = place.pod("second").await;
+        let port = proxy.close().await;
+        let second = kube.pod("second").await;
         let _proxy = Proxy::open_on(port).await;
-        watch.wait_event(|event| seen(event) == Some(&second)).await;
+        watch.wait_event(|event| applied_pod(event) == Some(&second)).await;
         assert!(*synced.borrow());
     })
     .await;
@@ -190,10 +190,10 @@ async fn the_watch_resumes_when_the_api_server_is_back() {
 #[tokio::test]
 async fn an_agent_starts_while_the_api_server_is_away() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let port = Proxy::open().await.cut().await;
-        let agent = connect(place.config_with(port, "admin-of-the-tests")).await.unwrap();
-        assert!(matches!(agent.namespace(&place.name).await, Err(ClusterError::Unavailable(_))));
+        let kube = KubeNamespace::new().await;
+        let port = Proxy::open().await.close().await;
+        let agent = connect(kube.config_with(port, "admin-of-the-tests")).await.unwrap();
+        assert!(matches!(agent.namespace(&kube.name).await, Err(ClusterError::Unavailable(_))));
         let synced = agent.synced();
         let mut watch = PodWatch::start(agent);
         assert!(!*synced.borrow());
@@ -206,19 +206,19 @@ async fn an_agent_starts_while_the_api_server_is_away() {
 #[tokio::test]
 async fn a_nudge_changes_one_annotation_and_nothing_else() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let pod = place.pod("web").await;
-        let agent = place.agent().await;
-        let before = place.pods().get("web").await.unwrap();
+        let kube = KubeNamespace::new().await;
+        let pod = kube.pod("web").await;
+        let agent = kube.agent().await;
+        let before = kube.pods().get("web").await.unwrap();
         agent.nudge(&pod).await.unwrap();
-        let mut after = place.pods().get("web").await.unwrap();
+        let mut after = kube.pods().get("web").await.unwrap();
         let annotations = after.metadata.annotations.take().unwrap();
         assert_eq!(annotations.keys().collect::<Vec<_>>(), ["lighterman.dev/nudged-at"]);
         assert_eq!((&after.spec, &after.status), (&before.spec, &before.status));
         assert_eq!(after.metadata.labels, before.metadata.labels);
 
         agent.nudge(&pod).await.unwrap();
-        let again = place.pods().get("web").await.unwrap().metadata.annotations.unwrap();
+        let again = kube.pods().get("web").await.unwrap().metadata.annotations.unwrap();
         assert_ne!(again, annotations, "a patch without a change would not reach the kubelet");
     })
     .await;
@@ -227,14 +227,14 @@ async fn a_nudge_changes_one_annotation_and_nothing_else() {
 #[tokio::test]
 async fn a_pod_that_was_replaced_is_not_nudged() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let old = place.pod("web").await;
-        let agent = place.agent().await;
-        place.delete_pod("web").await;
+        let kube = KubeNamespace::new().await;
+        let old = kube.pod("web").await;
+        let agent = kube.agent().await;
+        kube.delete_pod("web").await;
         assert!(matches!(agent.nudge(&old).await, Err(ClusterError::Gone(_))), "deleted");
-        place.pod("web").await;
+        kube.pod("web").await;
         assert!(matches!(agent.nudge(&old).await, Err(ClusterError::Gone(_))), "another of that name");
-        assert_eq!(place.pods().get("web").await.unwrap().metadata.annotations, None);
+        assert_eq!(kube.pods().get("web").await.unwrap().metadata.annotations, None);
     })
     .await;
 }
@@ -242,17 +242,17 @@ async fn a_pod_that_was_replaced_is_not_nudged() {
 #[tokio::test]
 async fn only_the_pod_with_the_right_uid_is_deleted() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let old = place.pod("web").await;
-        let agent = place.agent().await;
-        place.delete_pod("web").await;
+        let kube = KubeNamespace::new().await;
+        let old = kube.pod("web").await;
+        let agent = kube.agent().await;
+        kube.delete_pod("web").await;
         assert!(matches!(agent.delete(&old).await, Err(ClusterError::Gone(_))), "deleted");
-        let new = place.pod("web").await;
+        let new = kube.pod("web").await;
         assert!(matches!(agent.delete(&old).await, Err(ClusterError::Gone(_))), "another of that name");
-        let left = || async { place.pods().get("web").await.unwrap().metadata.deletion_timestamp };
-        assert_eq!(left().await, None);
+        let deletion_time = || async { kube.pods().get("web").await.unwrap().metadata.deletion_timestamp };
+        assert_eq!(deletion_time().await, None);
         agent.delete(&new).await.unwrap();
-        assert!(left().await.is_some(), "the pod stays until the kubelet confirms");
+        assert!(deletion_time().await.is_some(), "the pod stays until the kubelet confirms");
     })
     .await;
 }
@@ -260,11 +260,11 @@ async fn only_the_pod_with_the_right_uid_is_deleted() {
 #[tokio::test]
 async fn a_namespaces_labels_and_annotations_are_read() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        let agent = place.agent().await;
-        let namespace = agent.namespace(&place.name).await.unwrap();
+        let kube = KubeNamespace::new().await;
+        let agent = kube.agent().await;
+        let namespace = agent.namespace(&kube.name).await.unwrap();
         assert_eq!(namespace.annotations["lighterman.dev/enabled"], "true");
-        assert_eq!(namespace.labels["kubernetes.io/metadata.name"], place.name);
+        assert_eq!(namespace.labels["kubernetes.io/metadata.name"], kube.name);
         assert!(matches!(agent.namespace("nowhere").await, Err(ClusterError::Gone(_))));
     })
     .await;

@@ -25,7 +25,7 @@ impl Proxy {
 
     /// Ends every connection and accepts no more. Returns the port, on which a later proxy can
     /// open.
-    pub(super) async fn cut(mut self) -> u16 {
+    pub(super) async fn close(mut self) -> u16 {
         self.connections.shutdown().await;
         self.port
     }

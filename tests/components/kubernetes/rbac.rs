@@ -22,22 +22,22 @@ use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, address, create, with_dea
 use crate::fleet::rbac::grant_rbac;
 
 /// A token of this namespace's agent, with the rights that were granted before.
-async fn token(place: &KubeNamespace) -> String {
-    let pod = place.pod("agent").await;
-    place.token(SERVICE_ACCOUNT, None, Some(&pod)).await
+async fn token(kube: &KubeNamespace) -> String {
+    let pod = kube.pod("agent").await;
+    kube.token(SERVICE_ACCOUNT, None, Some(&pod)).await
 }
 
-async fn agent(place: &KubeNamespace) -> KubeCluster {
-    connect(place.config_with(address().port(), &token(place).await)).await.unwrap()
+async fn agent(kube: &KubeNamespace) -> KubeCluster {
+    connect(kube.config_with(address().port(), &token(kube).await)).await.unwrap()
 }
 
-async fn client(place: &KubeNamespace) -> Client {
-    client_with(place, &token(place).await).await
+async fn client(kube: &KubeNamespace) -> Client {
+    client_with(kube, &token(kube).await).await
 }
 
 /// Connects with this token.
-pub(super) async fn client_with(place: &KubeNamespace, token: &str) -> Client {
-    let path = place.config_with(address().port(), token).kubeconfig.unwrap();
+pub(super) async fn client_with(kube: &KubeNamespace, token: &str) -> Client {
+    let path = kube.config_with(address().port(), token).kubeconfig.unwrap();
     let file = Kubeconfig::read_from(path).unwrap();
     let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
     Client::try_from(config).unwrap()
@@ -45,35 +45,35 @@ pub(super) async fn client_with(place: &KubeNamespace, token: &str) -> Client {
 
 const PULL_SECRET: &[u8] = br#"{"auths":{"reg.test":{"auth":"dTpw"}}}"#;
 
-async fn make_pull_secret(place: &KubeNamespace) {
+async fn make_pull_secret(kube: &KubeNamespace) {
     let data = json!({ ".dockerconfigjson": ByteString(PULL_SECRET.to_vec()) });
     let secret = json!({ "metadata": { "name": "regcred" }, "type": "kubernetes.io/dockerconfigjson", "data": data });
-    create::<Secret>(&Api::namespaced(place.admin.clone(), &place.name), secret).await;
+    create::<Secret>(&Api::namespaced(kube.admin.clone(), &kube.name), secret).await;
 }
 
 #[tokio::test]
 async fn the_charts_rights_suffice() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        grant_rbac(&place, "podPolicy=always").await;
-        let agent = agent(&place).await;
+        let kube = KubeNamespace::new().await;
+        grant_rbac(&kube, "podPolicy=always").await;
+        let agent = agent(&kube).await;
 
         let stop = CancellationToken::new();
         let (out, mut events) = tokio::sync::mpsc::channel(16);
         let read = async {
             while !matches!(events.recv().await.unwrap(), PodEvent::Synced(_)) {}
             // The list and the watch are separate rights.
-            let pod = place.pod("later").await;
+            let pod = kube.pod("later").await;
             assert!(matches!(events.recv().await.unwrap(), PodEvent::Applied(_)));
             stop.cancel();
             pod
         };
         let ((), pod) = tokio::join!(agent.watch_pods(out, stop.clone()), read);
 
-        agent.namespace(&place.name).await.unwrap();
+        agent.namespace(&kube.name).await.unwrap();
         // No such node exists. Only a client with the right gets that answer.
         assert!(matches!(agent.zone().await, Err(ClusterError::Gone(_))));
-        let created = agent.node_created(&place.name.parse().unwrap()).await;
+        let created = agent.node_created(&kube.name.parse().unwrap()).await;
         assert!(matches!(created, Err(ClusterError::Gone(_))), "{created:?}");
         agent.clock().await.unwrap();
         let note = "two nodes had one key".to_owned();
@@ -89,7 +89,7 @@ async fn the_charts_rights_suffice() {
         ] {
             let [api_version, kind, name, uid] = [api_version, kind, "web", "u"].map(str::to_owned);
             // No such owner exists. Only a client with the right gets that answer.
-            agent.owners(&place.name, &Owner { api_version, kind, name, uid }).await.unwrap();
+            agent.owners(&kube.name, &Owner { api_version, kind, name, uid }).await.unwrap();
         }
         agent.kubelet_events(&pod).await.unwrap();
         agent.nudge(&pod).await.unwrap();
@@ -125,8 +125,8 @@ async fn the_charts_rights_suffice() {
         let metrics = Metrics::new();
         let other = TokenAdmission::new(&agent, peer, TokenAdmissionOptions::default(), metrics.clone());
         other.admit(peer, &credential).await.unwrap();
-        let counted = String::from_utf8(metrics.render()).unwrap();
-        assert!(counted.contains(r#"token_reviews_total{result="passed"} 1"#), "{counted}");
+        let metrics_page = String::from_utf8(metrics.render()).unwrap();
+        assert!(metrics_page.contains(r#"token_reviews_total{result="passed"} 1"#), "{metrics_page}");
     })
     .await;
 }
@@ -142,46 +142,46 @@ fn assert_forbidden<T>(what: &str, answer: Result<T, kube::Error>) {
 #[tokio::test]
 async fn rights_beyond_those_of_the_chart_are_denied() {
     with_deadline(async {
-        let place = KubeNamespace::new().await;
-        grant_rbac(&place, "podPolicy=always").await;
+        let kube = KubeNamespace::new().await;
+        grant_rbac(&kube, "podPolicy=always").await;
         create(
-            &Api::<ServiceAccount>::namespaced(place.admin.clone(), &place.name),
+            &Api::<ServiceAccount>::namespaced(kube.admin.clone(), &kube.name),
             json!({ "metadata": { "name": "x" } }),
         )
         .await;
-        let agent = client(&place).await;
+        let agent = client(&kube).await;
 
-        let pods = Api::<Pod>::namespaced(agent.clone(), &place.name);
+        let pods = Api::<Pod>::namespaced(agent.clone(), &kube.name);
         let image = json!({ "spec": { "containers": [{ "name": "main", "image": "evil.test/x:1" }] } });
         let patch = Patch::Strategic(&image);
         assert_forbidden("deleting a pod", pods.delete("agent", &DeleteParams::default()).await);
         assert_forbidden("patching a pod", pods.patch("agent", &PatchParams::default(), &patch).await);
-        let whole = place.pods().get("agent").await.unwrap();
-        assert_forbidden("replacing a pod", pods.replace("agent", &PostParams::default(), &whole).await);
+        let current_pod = kube.pods().get("agent").await.unwrap();
+        assert_forbidden("replacing a pod", pods.replace("agent", &PostParams::default(), &current_pod).await);
         assert_forbidden("making a pod", pods.create(&PostParams::default(), &Pod::default()).await);
         // The permitted patch of `pods/status` leaves the image alone.
         pods.patch_status("agent", &PatchParams::default(), &patch).await.unwrap();
-        assert_eq!(place.pods().get("agent").await.unwrap().spec, whole.spec);
+        assert_eq!(kube.pods().get("agent").await.unwrap().spec, current_pod.spec);
 
         let list = ListParams::default();
         assert_forbidden("listing namespaces", Api::<Namespace>::all(agent.clone()).list(&list).await);
         let nodes = Api::<Node>::all(agent.clone());
         assert_forbidden("listing nodes", nodes.list(&list).await);
         assert_forbidden("patching a node", nodes.patch("n", &PatchParams::default(), &patch).await);
-        make_pull_secret(&place).await;
-        let secrets = Api::<Secret>::namespaced(agent.clone(), &place.name);
+        make_pull_secret(&kube).await;
+        let secrets = Api::<Secret>::namespaced(agent.clone(), &kube.name);
         assert_forbidden("listing secrets", secrets.list(&list).await);
         assert_forbidden("reading a secret", secrets.get("regcred").await);
-        let deployments = Api::<Deployment>::namespaced(agent.clone(), &place.name);
+        let deployments = Api::<Deployment>::namespaced(agent.clone(), &kube.name);
         assert_forbidden("listing deployments", deployments.list(&list).await);
         assert_forbidden("patching a deployment", deployments.patch("web", &PatchParams::default(), &patch).await);
-        let events = Api::<Event>::namespaced(agent.clone(), &place.name);
+        let events = Api::<Event>::namespaced(agent.clone(), &kube.name);
         assert_forbidden("deleting an Event", events.delete("web", &DeleteParams::default()).await);
         assert_forbidden(
             "listing config maps",
-            Api::<ConfigMap>::namespaced(agent.clone(), &place.name).list(&list).await,
+            Api::<ConfigMap>::namespaced(agent.clone(), &kube.name).list(&list).await,
         );
-        let accounts = Api::<ServiceAccount>::namespaced(agent.clone(), &place.name);
+        let accounts = Api::<ServiceAccount>::namespaced(agent.clone(), &kube.name);
         let request = k8s_openapi::api::authentication::v1::TokenRequest::default();
         let other = accounts.create_token_request("x", &PostParams::default(), &request).await;
         assert_forbidden("a token of another ServiceAccount", other);
@@ -202,17 +202,19 @@ fn assert_right_missing<T>(answer: Result<T, ClusterError>, right: &str) {
 #[tokio::test]
 async fn pull_secrets_are_read_in_namespaces_that_were_named_and_no_others() {
     with_deadline(async {
-        let [place, shop, other] = [KubeNamespace::new().await, KubeNamespace::new().await, KubeNamespace::new().await];
-        grant_rbac(&place, &format!("agent.pullSecretNamespaces={{{}}}", shop.name)).await;
-        for place in [&place, &shop, &other] {
-            make_pull_secret(place).await;
+        let [kube, shop, other] = [KubeNamespace::new().await, KubeNamespace::new().await, KubeNamespace::new().await];
+        grant_rbac(&kube, &format!("agent.pullSecretNamespaces={{{}}}", shop.name)).await;
+        for kube in [&kube, &shop, &other] {
+            make_pull_secret(kube).await;
         }
-        let agent = agent(&place).await;
+        let agent = agent(&kube).await;
         assert_eq!(agent.pull_secret(&shop.name, "regcred").await.unwrap().0, PULL_SECRET);
-        for elsewhere in [&place, &other] {
-            let right =
-                format!("cannot get resource \"secrets\" in API group \"\" in the namespace \"{}\"", elsewhere.name);
-            assert_right_missing(agent.pull_secret(&elsewhere.name, "regcred").await, &right);
+        for other_namespace in [&kube, &other] {
+            let right = format!(
+                "cannot get resource \"secrets\" in API group \"\" in the namespace \"{}\"",
+                other_namespace.name
+            );
+            assert_right_missing(agent.pull_secret(&other_namespace.name, "regcred").await, &right);
         }
         assert!(matches!(agent.pull_secret(&shop.name, "none").await, Err(ClusterError::Gone(_))));
         let path = format!("../../{}/secrets/regcred", shop.name);
@@ -229,13 +231,13 @@ async fn pull_secrets_are_read_in_namespaces_that_were_named_and_no_others() {
 #[tokio::test]
 async fn pods_are_deleted_only_where_the_chart_grants_the_right() {
     with_deadline(async {
-        let [may, may_not] = [KubeNamespace::new().await, KubeNamespace::new().await];
-        grant_rbac(&may, "agent.deletePods=true,podPolicy=always").await;
-        grant_rbac(&may_not, "podPolicy=always").await;
-        let pod = may.pod("web").await;
-        assert_right_missing(agent(&may_not).await.delete(&pod).await, "cannot delete resource \"pods\"");
-        assert_eq!(may.pods().get("web").await.unwrap().metadata.deletion_timestamp, None);
-        agent(&may).await.delete(&pod).await.unwrap();
+        let [granted, not_granted] = [KubeNamespace::new().await, KubeNamespace::new().await];
+        grant_rbac(&granted, "agent.deletePods=true,podPolicy=always").await;
+        grant_rbac(&not_granted, "podPolicy=always").await;
+        let pod = granted.pod("web").await;
+        assert_right_missing(agent(&not_granted).await.delete(&pod).await, "cannot delete resource \"pods\"");
+        assert_eq!(granted.pods().get("web").await.unwrap().metadata.deletion_timestamp, None);
+        agent(&granted).await.delete(&pod).await.unwrap();
     })
     .await;
 }
@@ -244,18 +246,18 @@ async fn pods_are_deleted_only_where_the_chart_grants_the_right() {
 async fn rights_without_a_narrowing_policy_are_granted_only_where_a_value_accepts_the_risk() {
     with_deadline(async {
         // helm contacts no cluster here, so the chart finds no policy API.
-        for (values, given) in [
+        for (values, is_granted) in [
             ("agent.deletePods=true", false),
             ("agent.deletePods=true,podPolicy=false,tokenPolicy=always", false),
             ("agent.deletePods=true,podRightsWithoutPolicy=true", true),
             ("agent.deletePods=true,podPolicy=false,podRightsWithoutPolicy=true", true),
             ("agent.deletePods=true,podPolicy=always", true),
         ] {
-            let place = KubeNamespace::new().await;
-            grant_rbac(&place, values).await;
-            let (pod, agent) = (place.pod("web").await, agent(&place).await);
+            let kube = KubeNamespace::new().await;
+            grant_rbac(&kube, values).await;
+            let (pod, agent) = (kube.pod("web").await, agent(&kube).await);
             let (nudged, deleted) = (agent.nudge(&pod).await, agent.delete(&pod).await);
-            if given {
+            if is_granted {
                 nudged.and(deleted).unwrap_or_else(|error| panic!("{values}: {error}"));
             } else {
                 assert_right_missing(nudged, "cannot patch resource \"pods/status\"");

@@ -61,7 +61,7 @@ impl VethLink {
     }
 
     /// Drops every packet from the provider to the fetcher, without an error at either end.
-    pub(crate) fn cut(&self) {
+    pub(crate) fn blackhole(&self) {
         run(&["ip", "netns", "exec", &self.0[0], "tc", "qdisc", "replace", "dev", "wire", "root", "blackhole"]);
     }
 
@@ -102,21 +102,21 @@ pub(crate) struct Provider {
 }
 
 impl Provider {
-    fn start(link: &Arc<VethLink>, identity: Identity, admits: PeerId, blobs: &[Bytes], up: u64) -> Self {
+    fn start(link: &Arc<VethLink>, identity: Identity, admitted: PeerId, blobs: &[Bytes], up: u64) -> Self {
         let (link, blobs, stop) = (Arc::clone(link), blobs.to_vec(), CancellationToken::new());
-        let (tell, told) = threads::channel();
-        let (peer, until) = (identity.peer_id(), stop.clone());
+        let (address_sender, address_receiver) = threads::channel();
+        let (peer, stopped) = (identity.peer_id(), stop.clone());
         let thread = thread::spawn(move || {
             link.enter(0);
             let runtime = runtime();
             runtime.block_on(async {
                 let store = store_with(&blobs).await;
-                let transfer = bind(0, &identity, admits, store, policy(0, up));
-                tell.send(transfer.local_addr()).unwrap();
-                transfer.run(until).await;
+                let transfer = bind(0, &identity, admitted, store, policy(0, up));
+                address_sender.send(transfer.local_addr()).unwrap();
+                transfer.run(stopped).await;
             });
         });
-        Self { peer, address: told.recv().unwrap(), stop, thread: Some(thread) }
+        Self { peer, address: address_receiver.recv().unwrap(), stop, thread: Some(thread) }
     }
 }
 
@@ -129,7 +129,7 @@ impl Drop for Provider {
 }
 
 /// Runs `test` at the fetcher's end of a link, with a provider of these blobs at the other end.
-pub(crate) fn across<T: Send + 'static>(
+pub(crate) fn run_over_link<T: Send + 'static>(
     rate: &str,
     rates: Rates,
     blobs: &[Bytes],
@@ -155,7 +155,7 @@ fn runtime() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rules: Arc<Policy>) -> Transfer {
+fn bind(end: usize, identity: &Identity, admitted: PeerId, store: MemoryStore, policy: Arc<Policy>) -> Transfer {
     let config = Config {
         listen: SocketAddr::new(ADDRESSES[end].parse().unwrap(), 0),
         // This test runs no gossip.
@@ -163,19 +163,18 @@ fn bind(end: usize, identity: &Identity, admits: PeerId, store: MemoryStore, rul
         node: "node-a".parse().unwrap(),
         concurrent_uploads: 16,
     };
-    let (admission, joined) = (Arc::new(StaticAdmission::new([admits])), mpsc::channel(4).0);
-    let in_force = watch::channel(rules).1;
+    let (admission, admitted_peers) = (Arc::new(StaticAdmission::new([admitted])), mpsc::channel(4).0);
+    let policy_receiver = watch::channel(policy).1;
     let (store, partials) = (Arc::new(store), Arc::new(NoPartialBlobs));
-    let surroundings =
-        TransferDependencies { admission, store, partials, metrics: Metrics::new(), admitted_peers: joined };
-    Transfer::bind_with_policy(config, identity, surroundings, in_force).unwrap()
+    let dependencies = TransferDependencies { admission, store, partials, metrics: Metrics::new(), admitted_peers };
+    Transfer::bind_with_policy(config, identity, dependencies, policy_receiver).unwrap()
 }
 
 fn policy(max_download_rate: u64, max_upload_rate: u64) -> Arc<Policy> {
-    let mut rules = Policy::default();
-    rules.budgets.max_download_rate = max_download_rate;
-    rules.budgets.max_upload_rate = max_upload_rate;
-    Arc::new(rules)
+    let mut limits = Policy::default();
+    limits.budgets.max_download_rate = max_download_rate;
+    limits.budgets.max_upload_rate = max_upload_rate;
+    Arc::new(limits)
 }
 
 async fn store_with(blobs: &[Bytes]) -> MemoryStore {

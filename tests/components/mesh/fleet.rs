@@ -33,11 +33,10 @@ pub(super) struct Fleet {
 
 impl Fleet {
     /// Prepares the agents without starting them. To be called on a thread of the switch.
-    pub(super) async fn new(wires: AgentNetwork, agents: usize) -> Self {
-        let (place, containerd) = tokio::join!(KubeNamespace::with_own_server(SWITCH), Daemon::start("containerd-2.3"));
-        grant_rbac(&place, "").await;
-        let mut fleet =
-            Self { network: wires, agents: Vec::new(), containerd, kube: place, folder: tempfile::tempdir().unwrap() };
+    pub(super) async fn new(network: AgentNetwork, agents: usize) -> Self {
+        let (kube, containerd) = tokio::join!(KubeNamespace::with_own_server(SWITCH), Daemon::start("containerd-2.3"));
+        grant_rbac(&kube, "").await;
+        let mut fleet = Self { network, agents: Vec::new(), containerd, kube, folder: tempfile::tempdir().unwrap() };
         for number in 0..agents {
             let (node, zone) = (format!("node-{number}"), format!("zone-{}", number % 3));
             let containerd = fleet.containerd.config(&node);
@@ -72,44 +71,44 @@ impl Fleet {
 
     /// Waits until every running agent lists all others, with all items of their containerds.
     pub(super) async fn wait_converged(&self) {
-        let held =
+        let announced =
             join_all(self.running().map(async |agent| (agent.node.as_str(), announced_items(agent).await))).await;
-        let knows = |agent: &Agent, view: &MeshView| {
+        let is_converged = |agent: &Agent, view: &MeshView| {
             let alive = view.alive();
-            let known = |(node, items): &(&str, usize)| match *node == agent.node {
+            let is_known = |(node, items): &(&str, usize)| match *node == agent.node {
                 true => view.items == *items,
                 false => alive.get(node) == Some(items),
             };
-            alive.len() == held.len() - 1 && held.iter().all(known)
+            alive.len() == announced.len() - 1 && announced.iter().all(is_known)
         };
-        self.wait_until("all inventories are complete", knows).await;
+        self.wait_until("all inventories are complete", is_converged).await;
     }
 
     /// Waits until all other agents have dropped the items of these nodes.
     pub(super) async fn wait_dropped(&self, numbers: &[usize]) {
-        let gone: Vec<_> = numbers.iter().map(|number| self.agents[*number].node.as_str()).collect();
-        let what = format!("all other agents have dropped {gone:?}");
-        let dropped = |agent: &Agent, view: &MeshView| {
-            gone.contains(&agent.node.as_str()) || gone.iter().all(|node| view.has_dropped(node))
+        let dropped_nodes: Vec<_> = numbers.iter().map(|number| self.agents[*number].node.as_str()).collect();
+        let what = format!("all other agents have dropped {dropped_nodes:?}");
+        let has_dropped_all = |agent: &Agent, view: &MeshView| {
+            dropped_nodes.contains(&agent.node.as_str()) || dropped_nodes.iter().all(|node| view.has_dropped(node))
         };
-        self.wait_until(&what, dropped).await;
+        self.wait_until(&what, has_dropped_all).await;
     }
 
     /// Polls all running agents until the condition holds for all of them in one round.
-    async fn wait_until(&self, what: &str, holds: impl Fn(&Agent, &MeshView) -> bool) {
+    async fn wait_until(&self, what: &str, condition: impl Fn(&Agent, &MeshView) -> bool) {
         let began = Instant::now();
         loop {
-            let looked = Instant::now();
+            let poll_started = Instant::now();
             let views = self.views().await;
-            let is_content =
-                |agent: &Agent| views.iter().any(|(seen, view)| seen.node == agent.node && holds(agent, view));
-            let Some(behind) = self.running().find(|agent| !is_content(agent)) else { return };
+            let is_satisfied =
+                |agent: &Agent| views.iter().any(|(seen, view)| seen.node == agent.node && condition(agent, view));
+            let Some(late_agent) = self.running().find(|agent| !is_satisfied(agent)) else { return };
             if began.elapsed() > WAIT_DEADLINE {
-                let view = views.iter().find(|(agent, _)| agent.node == behind.node).map(|(_, view)| view);
-                panic!("timed out before {what}; {} is behind: {view:?}\n{}", behind.node, behind.log_tail());
+                let view = views.iter().find(|(agent, _)| agent.node == late_agent.node).map(|(_, view)| view);
+                panic!("timed out before {what}; {} is behind: {view:?}\n{}", late_agent.node, late_agent.log_tail());
             }
             // Polls must leave most processor time to the agents on a slow machine.
-            tokio::time::sleep(POLL_INTERVAL.max(looked.elapsed() * 4)).await;
+            tokio::time::sleep(POLL_INTERVAL.max(poll_started.elapsed() * 4)).await;
         }
     }
 
@@ -117,7 +116,7 @@ impl Fleet {
     pub(super) async fn wait_provider(&self, image: &str, provider: usize) {
         let (image, provider) = (image.parse::<Reference>().unwrap(), &self.agents[provider]);
         let began = Instant::now();
-        let finding = self.running().filter(|agent| agent.node != provider.node).map(async |agent| {
+        let lookups = self.running().filter(|agent| agent.node != provider.node).map(async |agent| {
             while !agent.would_fetch_from(&image, &provider.node).await {
                 assert!(
                     began.elapsed() < WAIT_DEADLINE,
@@ -128,7 +127,7 @@ impl Fleet {
                 tokio::time::sleep(POLL_INTERVAL).await;
             }
         });
-        join_all(finding).await;
+        join_all(lookups).await;
     }
 }
 

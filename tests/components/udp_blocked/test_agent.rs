@@ -56,16 +56,17 @@ pub(super) struct TestAgent {
 
 impl TestAgent {
     /// Starts the agent at one end of the link.
-    pub(super) fn start(link: &Arc<VethLink>, site: &SharedCluster, end: usize) -> Self {
+    pub(super) fn start(link: &Arc<VethLink>, shared_cluster: &SharedCluster, end: usize) -> Self {
         let (name, store, metrics) = (format!("node-{end}"), Arc::new(MemoryStore::new()), Metrics::new());
-        let folder = site.folder.path().join(&name);
+        let folder = shared_cluster.folder.path().join(&name);
         std::fs::create_dir(&folder).unwrap();
         let settings = settings(&name, &folder, end);
-        let world = dependencies(site, &name, &store);
-        let (identity, socket) = (site.identities[end].clone(), settings.control_socket.clone());
+        let ports = agent_ports(shared_cluster, &name, &store);
+        let (identity, socket) = (shared_cluster.identities[end].clone(), settings.control_socket.clone());
         let peer = identity.peer_id();
-        let ((tell, told), (shutdown, stopping)) = (threads::channel(), oneshot::channel::<()>());
-        let (link, counts, node) = (Arc::clone(link), metrics.clone(), name.clone());
+        let ((inventory_sender, inventory_receiver), (shutdown, stopping)) =
+            (threads::channel(), oneshot::channel::<()>());
+        let (link, agent_metrics, node) = (Arc::clone(link), metrics.clone(), name.clone());
         let thread = thread::spawn(move || {
             link.enter(end);
             let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -75,37 +76,37 @@ impl TestAgent {
                     transfer::Config { listen, gossip_port: 0, node: node.parse().unwrap(), concurrent_uploads: 16 };
                 let mesh = mesh::Config { listen };
                 let (pods_in, pods) = mpsc::channel(1);
-                let world = AgentPorts { pods, ..world };
+                let ports = AgentPorts { pods, ..ports };
                 let supervisor = Supervisor::default();
-                let agent = Agent::start(settings, transfer, mesh, identity, world, counts, supervisor).await;
-                let Agent { supervisor, inventory: holders, .. } = agent.unwrap();
-                tell.send(holders).unwrap();
+                let agent = Agent::start(settings, transfer, mesh, identity, ports, agent_metrics, supervisor).await;
+                let Agent { supervisor, inventory, .. } = agent.unwrap();
+                inventory_sender.send(inventory).unwrap();
                 supervisor.run(async { drop(stopping.await) }, Duration::from_secs(10)).await.unwrap();
                 drop(pods_in);
             });
         });
-        let holders = told.recv().unwrap();
-        Self { name, peer, store, inventory: holders, metrics, socket, shutdown: Some(shutdown), thread: Some(thread) }
+        let inventory = inventory_receiver.recv().unwrap();
+        Self { name, peer, store, inventory, metrics, socket, shutdown: Some(shutdown), thread: Some(thread) }
     }
 
     /// Waits until the other agent is a peer.
     pub(super) async fn wait_connected(&self, peer: PeerId) {
-        self.wait_until(|holders| holders.peers().iter().any(|known| known.id == peer)).await;
+        self.wait_until(|inventory| inventory.peers().iter().any(|known| known.id == peer)).await;
     }
 
     /// Waits until the other agent is a provider of the blob.
     pub(super) async fn wait_provider(&self, blob: Digest, peer: PeerId) {
-        self.wait_until(|holders| holders.blob_providers(blob).contains(&peer)).await;
+        self.wait_until(|inventory| inventory.blob_providers(blob).contains(&peer)).await;
     }
 
     /// Waits until the other agent is no peer any more.
     pub(super) async fn wait_disconnected(&self, peer: PeerId) {
-        self.wait_until(|holders| holders.peers().iter().all(|known| known.id != peer)).await;
+        self.wait_until(|inventory| inventory.peers().iter().all(|known| known.id != peer)).await;
     }
 
-    async fn wait_until(&self, holds: impl Fn(&PeerInventory) -> bool) {
+    async fn wait_until(&self, condition: impl Fn(&PeerInventory) -> bool) {
         let mut changes = self.inventory.changes();
-        changes.wait_for(|_| holds(&self.inventory)).await.unwrap();
+        changes.wait_for(|_| condition(&self.inventory)).await.unwrap();
     }
 
     /// No channel reports the state, so the test polls.
@@ -119,7 +120,7 @@ impl TestAgent {
     pub(super) async fn pull(&self, image: &str) -> PullProgress {
         let reference: Reference = image.parse().unwrap();
         let Reference::Tag(repository, tag) = &reference else { panic!("{image} has a tag") };
-        self.wait_until(|holders| !holders.tag_digests(repository, tag).is_empty()).await;
+        self.wait_until(|inventory| !inventory.tag_digests(repository, tag).is_empty()).await;
         let mut pulling = Client::new(&self.socket).pull(&reference, false).await.unwrap();
         loop {
             let last = pulling.next().await.unwrap();
@@ -148,14 +149,14 @@ fn listen(end: usize) -> std::net::SocketAddr {
     (ADDRESSES[end].parse::<std::net::IpAddr>().unwrap(), PORT).into()
 }
 
-fn dependencies(site: &SharedCluster, name: &str, store: &Arc<MemoryStore>) -> AgentPorts {
+fn agent_ports(shared_cluster: &SharedCluster, name: &str, store: &Arc<MemoryStore>) -> AgentPorts {
     AgentPorts {
         store: store.clone(),
         unpacker: None,
         layer_leases: None,
-        cluster: Arc::new(site.cluster.clone()),
-        claims: Arc::new(site.cluster.claims_of(name.parse().unwrap())),
-        admission: Arc::new(StaticAdmission::new(site.identities.iter().map(Identity::peer_id))),
+        cluster: Arc::new(shared_cluster.cluster.clone()),
+        claims: Arc::new(shared_cluster.cluster.claims_of(name.parse().unwrap())),
+        admission: Arc::new(StaticAdmission::new(shared_cluster.identities.iter().map(Identity::peer_id))),
         registry: Arc::new(MemoryRegistry::default()),
         pull_connections: None,
         own_image: None,

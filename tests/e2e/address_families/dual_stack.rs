@@ -7,7 +7,7 @@ use crate::scenarios::{Scenario, ensure};
 use crate::test_bed::{TestBed, TestError};
 
 pub(super) const SCENARIOS: &[(&str, Scenario)] = &[
-    ("family::dual::a_node_with_addresses_of_both_families_is_one_member", joined),
+    ("family::dual::a_node_with_addresses_of_both_families_is_one_member", single_member),
     ("family::dual::images_of_a_registry_named_by_either_family_are_recovered", by_either_family),
 ];
 
@@ -22,7 +22,7 @@ pub(super) fn list_both_families(manifest: String) -> String {
 }
 
 /// DNS lists each node twice. Agents dial each other at both addresses, and never dial themselves.
-fn joined(bed: &TestBed) -> Result<(), TestError> {
+fn single_member(bed: &TestBed) -> Result<(), TestError> {
     let listed =
         bed.kubectl(&["-n", "lighterman", "get", "endpointslices", "-o", "jsonpath={.items[*].addressType}"])?;
     ensure(listed.contains("IPv4") && listed.contains("IPv6"), format!("the Service lists {listed}"))?;

@@ -11,7 +11,7 @@ use crate::scenarios::{Scenario, ensure};
 use crate::test_bed::{TestBed, TestError, wait_for};
 
 pub(super) const SCENARIOS: &[(&str, Scenario)] = &[
-    ("family::ipv6::agents_find_each_other_by_aaaa_records", joined),
+    ("family::ipv6::agents_find_each_other_by_aaaa_records", connected),
     ("family::ipv6::images_of_a_registry_named_by_its_address_are_recovered", by_address),
     ("family::ipv6::images_of_a_registry_with_an_aaaa_record_alone_are_recovered", by_name),
     ("family::ipv6::a_subnet_of_clients_leaves_slots_at_the_admin_port", subnet_of_clients),
@@ -27,20 +27,20 @@ pub(super) fn before_agents(bed: &TestBed) -> Result<(), TestError> {
     NODES.iter().try_for_each(|(node, _)| bed.ctl(&["in", node, "ip", "route", "add", CLIENTS, "via", &hub]).map(drop))
 }
 
-fn joined(bed: &TestBed) -> Result<(), TestError> {
-    let ask = |kind: &str| -> Result<String, TestError> {
+fn connected(bed: &TestBed) -> Result<(), TestError> {
+    let query_dns = |kind: &str| -> Result<String, TestError> {
         let busybox = bed.busybox().to_string_lossy().into_owned();
         let name = "lighterman-peers.lighterman.svc.cluster.local";
         let command = [&busybox, "nslookup", &format!("-type={kind}"), name, &bed.env("DNS_IP")?].map(str::to_owned);
         // busybox fails where no record of this type exists.
-        let said = bed.ctl(&[&["in", "hub"], &command.each_ref().map(String::as_str)[..]].concat());
-        Ok(said.unwrap_or_else(|error| error))
+        let answer = bed.ctl(&[&["in", "hub"], &command.each_ref().map(String::as_str)[..]].concat());
+        Ok(answer.unwrap_or_else(|error| error))
     };
     for (node, _) in NODES {
         let address = addresses(bed, node)?[0].to_string();
-        ensure(ask("aaaa")?.contains(&address), format!("DNS does not list {address}"))?;
+        ensure(query_dns("aaaa")?.contains(&address), format!("DNS does not list {address}"))?;
     }
-    let records = ask("a")?;
+    let records = query_dns("a")?;
     ensure(!records.contains("Address: 10."), format!("there are A records: {records}"))?;
     wait_connected(bed)
 }

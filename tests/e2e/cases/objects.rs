@@ -95,32 +95,32 @@ pub(crate) fn namespaces() -> [Value; 7] {
 
 impl CaseObjects<'_> {
     /// The objects to apply, in this order.
-    pub(crate) fn objects(&self, wants: ImageUse) -> Vec<Value> {
-        match wants {
+    pub(crate) fn objects(&self, image_use: ImageUse) -> Vec<Value> {
+        match image_use {
             ImageUse::OwnedBy(owner) => vec![self.owner(owner)],
-            ImageUse::TwoPods => [1, 2].map(|number| self.pod(&format!("{}-{number}", self.id), wants)).to_vec(),
-            _ => vec![self.pod(self.id, wants)],
+            ImageUse::TwoPods => [1, 2].map(|number| self.pod(&format!("{}-{number}", self.id), image_use)).to_vec(),
+            _ => vec![self.pod(self.id, image_use)],
         }
     }
 
-    fn pod(&self, name: &str, wants: ImageUse) -> Value {
+    fn pod(&self, name: &str, image_use: ImageUse) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
                 "name": name, "namespace": self.opt_in.k8s_namespace(),
                 "labels": {LABEL: self.id}, "annotations": self.opt_in.of_pod(),
             },
-            "spec": self.spec(wants),
+            "spec": self.spec(image_use),
         })
     }
 
-    fn spec(&self, wants: ImageUse) -> Value {
-        let node = (wants != ImageUse::StaticPod).then_some(self.node);
+    fn spec(&self, image_use: ImageUse) -> Value {
+        let node = (image_use != ImageUse::StaticPod).then_some(self.node);
         let mut spec = pod_spec(PRELOADED_IMAGE, node);
         let container = json!({"name": CONTAINER, "image": self.image, "imagePullPolicy": self.policy});
         let other_container = json!({"name": "other", "image": PRELOADED_IMAGE, "imagePullPolicy": "IfNotPresent"});
         let mut init = container.clone();
-        match wants {
+        match image_use {
             ImageUse::Container | ImageUse::StaticPod | ImageUse::TwoPods | ImageUse::OwnedBy(_) => {
                 spec["containers"] = json!([container]);
             }

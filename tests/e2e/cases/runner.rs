@@ -29,14 +29,14 @@ impl CaseOnNode {
         // The product of rows and nodes, for measurements outside CI.
         let is_product = std::env::var_os("LIGHTERMAN_EVERY_NODE").is_some();
         let mut cases = Vec::new();
-        for (place, case) in ROWS.iter().enumerate() {
+        for (index, case) in ROWS.iter().enumerate() {
             for (number, (node, _)) in NODES.iter().enumerate() {
-                let chosen = match case.nodes {
-                    Nodes::One => is_product || number == place % NODES.len(),
+                let is_chosen = match case.nodes {
+                    Nodes::One => is_product || number == index % NODES.len(),
                     Nodes::Each => true,
                     Nodes::Only(only) => only.contains(node),
                 };
-                if chosen {
+                if is_chosen {
                     let (provider, _) = NODES[(number + 1) % NODES.len()];
                     let id = format!("{}-{node}", case.slug());
                     cases.push((format!("case::{}::{node}", case.name), Self { case, id, node, provider }));
@@ -84,7 +84,7 @@ impl CaseOnNode {
 /// The images of all rows, and the score.
 pub(crate) struct CaseRunner {
     images: BTreeMap<String, Image>,
-    played: AtomicUsize,
+    attempted: AtomicUsize,
     passed: AtomicUsize,
 }
 
@@ -95,53 +95,57 @@ impl CaseRunner {
             bed.cluster().apply(&namespace)?;
             TestNamespace::wait_usable(bed, namespace["metadata"]["name"].as_str().unwrap_or_default())?;
         }
-        let maker = ImageBuilder::new(&bed.busybox())?;
-        let made = cases
+        let builder = ImageBuilder::new(&bed.busybox())?;
+        let built = cases
             .iter()
-            .map(|case_on_node| (case_on_node.id.clone(), maker.build(case_on_node.case.recipe, &case_on_node.id)));
-        let images: BTreeMap<_, _> = made.collect();
+            .map(|case_on_node| (case_on_node.id.clone(), builder.build(case_on_node.case.recipe, &case_on_node.id)));
+        let images: BTreeMap<_, _> = built.collect();
         for case_on_node in cases {
             bed.registries().publish(&format!("{}/app:v1", case_on_node.id), &images[&case_on_node.id]);
         }
-        let probe = maker.build(PLAIN, "probe");
+        let probe = builder.build(PLAIN, "probe");
         for (node, _) in NODES {
-            let mut given = Vec::new();
-            let mut taken = Vec::new();
+            let mut imported = Vec::new();
+            let mut removed = Vec::new();
             for case_on_node in cases {
                 let image = &images[&case_on_node.id];
-                let (name, asked) = case_on_node.names(image);
+                let (name, reference) = case_on_node.names(image);
                 if case_on_node.provider == node {
-                    given.push((name, image));
-                    given.extend(case_on_node.probe().map(|name| (name, &probe)));
+                    imported.push((name, image));
+                    imported.extend(case_on_node.probe().map(|name| (name, &probe)));
                 } else if case_on_node.node == node {
-                    let missing = match case_on_node.case.local_content {
+                    let absent_blob = match case_on_node.case.local_content {
                         LocalContent::Nothing => continue,
                         LocalContent::NoLayer => image.own_layer.clone(),
                         LocalContent::NoConfig => Some(image.config.clone()),
                     };
-                    given.push((asked, image));
-                    taken.extend(missing);
+                    imported.push((reference, image));
+                    removed.extend(absent_blob);
                 }
             }
-            import(bed, node, &given)?;
-            if !taken.is_empty() {
-                let taken: Vec<_> = taken.iter().map(String::as_str).collect();
+            import(bed, node, &imported)?;
+            if !removed.is_empty() {
+                let taken: Vec<_> = removed.iter().map(String::as_str).collect();
                 bed.ctl(&[&["ctr", node, "content", "rm"], &taken[..]].concat())?;
             }
         }
-        Ok(Self { images, played: AtomicUsize::new(0), passed: AtomicUsize::new(0) })
+        Ok(Self { images, attempted: AtomicUsize::new(0), passed: AtomicUsize::new(0) })
     }
 
     /// Runs one row, and deletes the row's pods.
     pub(crate) fn run(&self, bed: &TestBed, case_on_node: &CaseOnNode) -> Result<(), TestError> {
         let image = self.images.get(&case_on_node.id).ok_or("the image of the row was not made")?;
-        let (_, asked) = case_on_node.names(image);
-        let Case { policy, opt_in: opted, .. } = *case_on_node.case;
-        let made = CaseObjects { id: &case_on_node.id, node: case_on_node.node, image: &asked, policy, opt_in: opted };
-        let act = RunningCase { bed, case_on_node, case_objects: made, image };
-        self.played.fetch_add(1, Ordering::Relaxed);
-        let outcome = act.begin().and_then(|()| act.end()).map_err(|error| act.describe_failure(error));
-        act.clear()?;
+        let (_, reference) = case_on_node.names(image);
+        let Case { policy, opt_in, .. } = *case_on_node.case;
+        let case_objects =
+            CaseObjects { id: &case_on_node.id, node: case_on_node.node, image: &reference, policy, opt_in };
+        let running_case = RunningCase { bed, case_on_node, case_objects, image };
+        self.attempted.fetch_add(1, Ordering::Relaxed);
+        let outcome = running_case
+            .begin()
+            .and_then(|()| running_case.end())
+            .map_err(|error| running_case.describe_failure(error));
+        running_case.clear()?;
         outcome?;
         self.passed.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -149,7 +153,7 @@ impl CaseRunner {
 
     /// The number of rows that passed, and of rows that ran.
     pub(crate) fn score(&self) -> (usize, usize) {
-        (self.passed.load(Ordering::Relaxed), self.played.load(Ordering::Relaxed))
+        (self.passed.load(Ordering::Relaxed), self.attempted.load(Ordering::Relaxed))
     }
 }
 
@@ -178,13 +182,13 @@ struct RunningCase<'a> {
 
 impl RunningCase<'_> {
     fn begin(&self) -> Result<(), TestError> {
-        let wants = self.case_on_node.case.image_use;
-        let objects = self.case_objects.objects(wants);
-        if wants == ImageUse::StaticPod {
+        let image_use = self.case_on_node.case.image_use;
+        let objects = self.case_objects.objects(image_use);
+        if image_use == ImageUse::StaticPod {
             return fs::write(self.manifest()?, yaml(&objects[0])).map_err(|error| error.to_string());
         }
         objects.iter().try_for_each(|object| self.bed.cluster().apply(object))?;
-        if wants == ImageUse::Ephemeral {
+        if image_use == ImageUse::Ephemeral {
             let pod = self.bed.cluster().wait("the pod's container to run", WAIT_DEADLINE, |objects| {
                 let pod = *self.pods(objects).first()?;
                 (pod["status"]["phase"] == "Running").then(|| pod.clone())
@@ -200,12 +204,12 @@ impl RunningCase<'_> {
             Expectation::RunsWithoutOutage => {
                 let note = self.wait_container_runs()?;
                 // The Event names the begin of an outage that this node found.
-                let blames = note.contains("has failed since");
-                if blames { Err(format!("the fault counts as an outage: {note}")) } else { Ok(()) }
+                let names_outage = note.contains("has failed since");
+                if names_outage { Err(format!("the fault counts as an outage: {note}")) } else { Ok(()) }
             }
             Expectation::Event(reason, words) => {
-                let told = |objects: &Objects| self.event_messages(objects, reason).into_iter().next();
-                let note = self.bed.cluster().wait(&format!("an Event {reason}"), WAIT_DEADLINE, told)?;
+                let first_message = |objects: &Objects| self.event_messages(objects, reason).into_iter().next();
+                let note = self.bed.cluster().wait(&format!("an Event {reason}"), WAIT_DEADLINE, first_message)?;
                 let lower = note.to_lowercase();
                 if let Some(word) = words.iter().find(|word| !lower.contains(**word)) {
                     return Err(format!("the Event does not contain {word:?}: {note}"));
@@ -213,30 +217,34 @@ impl RunningCase<'_> {
                 self.wait_for_two_failures()?;
                 self.run_probe_pod()?;
                 self.assert_nothing_recovered()?;
-                let said = self.bed.cluster().now(|objects| self.agent_events(objects));
-                if said.len() == 1 { Ok(()) } else { Err(format!("the agents wrote other Events than one: {said:#?}")) }
+                let events = self.bed.cluster().now(|objects| self.agent_events(objects));
+                if events.len() == 1 {
+                    Ok(())
+                } else {
+                    Err(format!("the agents wrote other Events than one: {events:#?}"))
+                }
             }
             Expectation::NoEvent => {
                 self.wait_for_two_failures()?;
                 self.run_probe_pod()?;
                 self.assert_nothing_recovered()?;
-                let said = self.bed.cluster().now(|objects| self.agent_events(objects));
-                if said.is_empty() { Ok(()) } else { Err(format!("the agents wrote Events: {said:#?}")) }
+                let events = self.bed.cluster().now(|objects| self.agent_events(objects));
+                if events.is_empty() { Ok(()) } else { Err(format!("the agents wrote Events: {events:#?}")) }
             }
         }
     }
 
     /// Waits until the container runs. Returns the note of the recovery's Event.
     fn wait_container_runs(&self) -> Result<String, TestError> {
-        let wants = self.case_on_node.case.image_use;
-        let many = if wants == ImageUse::TwoPods { 2 } else { 1 };
+        let image_use = self.case_on_node.case.image_use;
+        let expected_pods = if image_use == ImageUse::TwoPods { 2 } else { 1 };
         let started = |objects: &Objects| {
             let pods = self.pods(objects);
-            (pods.len() >= many && pods.iter().all(|pod| has_started(pod))).then(|| uids(&pods))
+            (pods.len() >= expected_pods && pods.iter().all(|pod| has_started(pod))).then(|| uids(&pods))
         };
         let first = self.bed.cluster().wait("a first pod", WAIT_DEADLINE, |objects| {
             let pods = self.pods(objects);
-            (pods.len() >= many).then(|| uids(&pods))
+            (pods.len() >= expected_pods).then(|| uids(&pods))
         })?;
         let last = self.bed.cluster().wait("the container to start", WAIT_DEADLINE, started)?;
         if first != last {
@@ -288,8 +296,8 @@ impl RunningCase<'_> {
             return Err("the container runs".into());
         }
         let recorded = self.bed.ctl(&["ctr", self.case_on_node.node, "images", "ls", "-q"])?;
-        let about_it = |line: &&str| line.contains(&self.case_on_node.id) && !line.contains("/probe");
-        match recorded.lines().find(about_it) {
+        let is_about_image = |line: &&str| line.contains(&self.case_on_node.id) && !line.contains("/probe");
+        match recorded.lines().find(is_about_image) {
             Some(line) => Err(format!("the image was fetched: {line}")),
             None => Ok(()),
         }
@@ -313,25 +321,25 @@ impl RunningCase<'_> {
         let names = names.iter().filter_map(|pod| pod["metadata"]["name"].as_str());
         let events =
             names.flat_map(|name| objects.events_of("lighterman", self.case_objects.opt_in.k8s_namespace(), name));
-        let said = events.flat_map(|event| {
+        let event_lines = events.flat_map(|event| {
             let times = event["count"].as_u64().unwrap_or(1) as usize;
             std::iter::repeat_n(format!("{}: {}", event["reason"], event["message"]), times)
         });
-        said.collect()
+        event_lines.collect()
     }
 
     /// The error, the image, and the pods with their Events.
     fn describe_failure(&self, error: TestError) -> TestError {
         let pods = self.bed.cluster().now(|objects| {
             let pods = self.pods(objects);
-            let told = pods.iter().map(|pod| {
+            let descriptions = pods.iter().map(|pod| {
                 let name = pod["metadata"]["name"].as_str().unwrap_or_default();
-                let said = objects.all_events(self.case_objects.opt_in.k8s_namespace(), name);
-                let said: Vec<_> =
-                    said.iter().map(|event| format!("  {}: {}", event["reason"], event["message"])).collect();
-                format!("{name}: {}\n{}", pod["status"]["containerStatuses"], said.join("\n"))
+                let events = objects.all_events(self.case_objects.opt_in.k8s_namespace(), name);
+                let event_lines: Vec<_> =
+                    events.iter().map(|event| format!("  {}: {}", event["reason"], event["message"])).collect();
+                format!("{name}: {}\n{}", pod["status"]["containerStatuses"], event_lines.join("\n"))
             });
-            told.collect::<Vec<_>>().join("\n")
+            descriptions.collect::<Vec<_>>().join("\n")
         });
         format!(
             "{error}\n{} from {}, root {}\n{pods}",

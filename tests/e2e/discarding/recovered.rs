@@ -24,8 +24,8 @@ pub(super) fn every_image(bed: &TestBed) -> Result<(), TestError> {
     install(bed, &[("LIGHTERMAN_INSECURE_REGISTRY", REGISTRY)])?;
     let fresh = TestNamespace { bed, name: NAMESPACE_BEFORE_AGENTS.to_owned() };
     let steady = TestNamespace::new(bed, "e2e-steady")?;
-    let mut held = pull_while_agents_run(bed, &steady)?;
-    held.extend(nodes().into_iter().map(|(provider, containerd)| {
+    let mut images = pull_while_agents_run(bed, &steady)?;
+    images.extend(nodes().into_iter().map(|(provider, containerd)| {
         let image = format!("{REGISTRY}/fresh/{provider}:v1");
         ProvidedImage { provider, containerd, kind: "fresh", image }
     }));
@@ -34,7 +34,7 @@ pub(super) fn every_image(bed: &TestBed) -> Result<(), TestError> {
         collect(bed, node)?;
     }
     let _down = RegistryDown::now(bed)?;
-    let score = recover(&steady, &held)?;
+    let score = recover(&steady, &images)?;
     drop(fresh);
     let mut failed = complete.err().into_iter().collect::<Vec<_>>();
     for (figure, versions) in [
@@ -42,7 +42,8 @@ pub(super) fn every_image(bed: &TestBed) -> Result<(), TestError> {
         ("discarded_layers_recovered_1_7", &["1.7"]),
         ("discarded_layers_recovered_2_0", &["2.0"]),
     ] {
-        let of_versions: Vec<_> = score.iter().filter(|(held, ..)| versions.contains(&held.containerd)).collect();
+        let of_versions: Vec<_> =
+            score.iter().filter(|(provided, ..)| versions.contains(&provided.containerd)).collect();
         let recovered = of_versions.iter().filter(|(.., ran)| *ran).count();
         if !of_versions.is_empty() {
             println!("\nfigure {figure} {recovered}/{}", of_versions.len());
@@ -69,17 +70,17 @@ fn pull_while_agents_run(bed: &TestBed, space: &TestNamespace) -> Result<Vec<Pro
             pulled.push((pod, image, ProvidedImage { provider, containerd, kind, image: name }));
         }
     }
-    for (pod, image, held) in &pulled {
+    for (pod, image, provided) in &pulled {
         space.wait_running(pod)?;
-        collect(bed, held.provider)?;
-        let (kept, all) = (image.layers_on(bed, held.provider)?, image.layers.len());
-        println!("  containerd {} kept {kept} of {all} layers of {}", held.containerd, held.image);
+        collect(bed, provided.provider)?;
+        let (kept_layers, all) = (image.layers_on(bed, provided.provider)?, image.layers.len());
+        println!("  containerd {} kept {kept_layers} of {all} layers of {}", provided.containerd, provided.image);
         ensure(
-            kept == all || !EXACT.contains(&held.containerd),
-            format!("{kept} of {all} layers are left of {}", held.image),
+            kept_layers == all || !EXACT.contains(&provided.containerd),
+            format!("{kept_layers} of {all} layers are left of {}", provided.image),
         )?;
     }
-    Ok(pulled.into_iter().map(|(.., held)| held).collect())
+    Ok(pulled.into_iter().map(|(.., provided)| provided).collect())
 }
 
 /// Waits until no node lacks layers. After the deadline, nodes without a target may still lack
@@ -102,14 +103,14 @@ fn wait_complete(bed: &TestBed) -> Result<(), TestError> {
 /// Creates a pod of each image on every other node, and reports which pods run a recovered image.
 fn recover<'a>(
     space: &TestNamespace,
-    held: &'a [ProvidedImage],
+    images: &'a [ProvidedImage],
 ) -> Result<Vec<(&'a ProvidedImage, &'static str, bool)>, TestError> {
     let mut pods = Vec::new();
-    for it in held {
-        for (node, _) in nodes().into_iter().filter(|(node, _)| *node != it.provider) {
-            let pod = format!("{}-from-{}-to-{node}", it.kind, it.provider);
-            space.pod(&pod, node, &it.image, true)?;
-            pods.push((it, node, pod));
+    for provided in images {
+        for (node, _) in nodes().into_iter().filter(|(node, _)| *node != provided.provider) {
+            let pod = format!("{}-from-{}-to-{node}", provided.kind, provided.provider);
+            space.pod(&pod, node, &provided.image, true)?;
+            pods.push((provided, node, pod));
         }
     }
     let mut runs = vec![false; pods.len()];
@@ -120,5 +121,5 @@ fn recover<'a>(
         }
         Ok(runs.iter().all(|runs| *runs).then_some(()))
     });
-    Ok(pods.into_iter().zip(runs).map(|((held, node, _), ran)| (held, node, ran)).collect())
+    Ok(pods.into_iter().zip(runs).map(|((provided, node, _), ran)| (provided, node, ran)).collect())
 }

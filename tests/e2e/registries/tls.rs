@@ -50,14 +50,14 @@ struct Authority {
 /// The authority, generated once per process.
 fn test_authority() -> Result<&'static Authority, TestError> {
     static AUTHORITY: OnceLock<Result<Authority, TestError>> = OnceLock::new();
-    let made = AUTHORITY.get_or_init(|| {
+    let authority = AUTHORITY.get_or_init(|| {
         let mut parameters = CertificateParams::default();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().map_err(|error| error.to_string())?;
         let certificate = parameters.self_signed(&key).map_err(|error| error.to_string())?;
         Ok(Authority { certificate, key })
     });
-    made.as_ref().map_err(Clone::clone)
+    authority.as_ref().map_err(Clone::clone)
 }
 
 /// The authority's certificate (PEM).
@@ -76,23 +76,23 @@ pub(super) fn serve(address: &str, port: u16) -> Result<(), TestError> {
 }
 
 fn config(host: &str, fault: Option<TlsFault>) -> Result<Arc<ServerConfig>, TestError> {
-    let made = || -> Result<_, Box<dyn std::error::Error>> {
+    let build = || -> Result<_, Box<dyn std::error::Error>> {
         let key = KeyPair::generate()?;
         let mut parameters = CertificateParams::new([host.to_owned()])?;
         if fault == Some(TlsFault::Expired) {
             parameters.not_after = date_time_ymd(2020, 1, 1);
         }
-        let Authority { certificate: issuer, key: issuing } = test_authority()?;
+        let Authority { certificate: issuer, key: issuer_key } = test_authority()?;
         let certificate = match fault {
             Some(TlsFault::SelfSigned) => parameters.self_signed(&key)?,
-            _ => parameters.signed_by(&key, issuer, issuing)?,
+            _ => parameters.signed_by(&key, issuer, issuer_key)?,
         };
         let key = PrivateKeyDer::try_from(key.serialize_der())?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
         Ok(builder.with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key)?)
     };
-    made().map(Arc::new).map_err(|error| format!("a TLS server: {error}"))
+    build().map(Arc::new).map_err(|error| format!("a TLS server: {error}"))
 }
 
 fn listen(address: &str, port: u16, fault: Option<TlsFault>, config: Arc<ServerConfig>) -> Result<(), TestError> {
@@ -116,10 +116,10 @@ fn respond(mut connection: TcpStream, fault: Option<TlsFault>, config: Arc<Serve
         return connection.write_all(&[0x15, 3, 3, 0, 2, 2, 40]);
     }
     let mut server = ServerConnection::new(config).map_err(std::io::Error::other)?;
-    let shaken = server.complete_io(&mut connection);
+    let handshake = server.complete_io(&mut connection);
     // Sends the alert of a server that cannot parse the client's first bytes.
     while server.wants_write() {
         server.write_tls(&mut connection)?;
     }
-    shaken.map(drop)
+    handshake.map(drop)
 }

@@ -24,11 +24,11 @@ struct ControlPlaneDown<'a>(&'a TestBed);
 
 impl<'a> ControlPlaneDown<'a> {
     fn now(bed: &'a TestBed) -> Result<Self, TestError> {
-        let cut_off = Self(bed);
+        let outage = Self(bed);
         bed.ctl(&["dns", "stop"])?;
         bed.ctl(&["apiserver", "stop"])?;
         ensure(bed.kubectl(&["get", "--raw", "/readyz"]).is_err(), "the API server still answers")?;
-        Ok(cut_off)
+        Ok(outage)
     }
 }
 
@@ -46,12 +46,12 @@ impl Drop for ControlPlaneDown<'_> {
 /// pod.
 fn pod_waiting_for_image(space: &TestNamespace<'_>, name: &str, node: &str) -> Result<(String, Image), TestError> {
     let image = format!("{REGISTRY}/{name}");
-    let made = ImageBuilder::new(&space.bed.busybox())?.build(PLAIN, name);
+    let built = ImageBuilder::new(&space.bed.busybox())?.build(PLAIN, name);
     space.pod("waits", node, &image, true)?;
     wait_for("the agent to report that no peer has the image", WAIT_DEADLINE, || {
         Ok((!space.events("waits", "ImageNoProvider")?.is_empty()).then_some(()))
     })?;
-    Ok((image, made))
+    Ok((image, built))
 }
 
 /// The running container of this name, by the node's containerd, in a pod whose name begins with
@@ -63,10 +63,10 @@ fn container(bed: &TestBed, node: &str, pod: &str, name: &str) -> Result<Option<
         label("io.kubernetes.pod.name", pod, "~="),
         label("io.kubernetes.container.name", name, "=="),
     ];
-    let known = bed.ctl(&["ctr", node, "containers", "ls", "-q", &filter.join(",")])?;
+    let listed = bed.ctl(&["ctr", node, "containers", "ls", "-q", &filter.join(",")])?;
     let tasks = bed.ctl(&["ctr", node, "tasks", "ls"])?;
     let runs = |id: &&str| tasks.lines().any(|line| line.starts_with(*id) && line.contains("RUNNING"));
-    Ok(known.lines().find(runs).map(str::to_owned))
+    Ok(listed.lines().find(runs).map(str::to_owned))
 }
 
 /// The agent's container on a node, found without the API server.
@@ -78,10 +78,10 @@ pub(super) fn recovered(bed: &TestBed) -> Result<(), TestError> {
     let (provider, node) = (NODES[1].0, NODES[2].0);
     let space = TestNamespace::new(bed, "e2e-cut-off")?;
     let _down = RegistryDown::now(bed)?;
-    let (image, made) = pod_waiting_for_image(&space, "shop/alone:v1", node)?;
+    let (image, built) = pod_waiting_for_image(&space, "shop/alone:v1", node)?;
     let agents = (agent_container(bed, provider)?, agent_container(bed, node)?);
-    let cut_off = ControlPlaneDown::now(bed)?;
-    import(bed, provider, &[(image.clone(), &made)])?;
+    let outage = ControlPlaneDown::now(bed)?;
+    import(bed, provider, &[(image.clone(), &built)])?;
     let began = Instant::now();
     let images = || bed.ctl(&["ctr", node, "images", "ls", "-q"]);
     wait_for("the image to be recovered", WAIT_DEADLINE, || {
@@ -91,7 +91,7 @@ pub(super) fn recovered(bed: &TestBed) -> Result<(), TestError> {
     wait_for("the pod's container to run", DEADLINE_WITHOUT_NUDGE, || container(bed, node, "waits", "c"))?;
     println!("figure container_running_cut_off_s {:.2}", began.elapsed().as_secs_f64());
     ensure(agents == (agent_container(bed, provider)?, agent_container(bed, node)?), "an agent was restarted")?;
-    drop(cut_off);
+    drop(outage);
     space.wait_running("waits").map(drop)
 }
 
@@ -103,12 +103,12 @@ fn wait_connected(bed: &TestBed, one: &str, other: &str) -> Result<(), TestError
             let pod = agent_pod(bed, node)?;
             let name = pod["metadata"]["name"].as_str().unwrap_or_default();
             // The agent may still be starting.
-            let asked = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "lighterman", "status", "--json"]);
-            let Ok(said) = asked else { return Ok(None) };
-            let status: Value = serde_json::from_str(&said).map_err(|error| format!("{error}: {said}"))?;
+            let exec = bed.kubectl(&["-n", "lighterman", "exec", name, "--", "lighterman", "status", "--json"]);
+            let Ok(text) = exec else { return Ok(None) };
+            let status: Value = serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?;
             let members = status["mesh"]["members"].as_array().cloned().unwrap_or_default();
-            let is_met = |member: &Value| member["node"] == other && member["neighbor"] == true;
-            Ok(members.iter().any(is_met).then_some(()))
+            let is_connected = |member: &Value| member["node"] == other && member["neighbor"] == true;
+            Ok(members.iter().any(is_connected).then_some(()))
         })?;
     }
     thread::sleep(STATE_FILE_INTERVAL);
@@ -121,9 +121,9 @@ pub(super) fn restarted(bed: &TestBed) -> Result<(), TestError> {
     let (provider, node) = (NODES[0].0, NODES[1].0);
     let space = TestNamespace::new(bed, "e2e-cut-off-restarted")?;
     let _down = RegistryDown::now(bed)?;
-    let (image, made) = pod_waiting_for_image(&space, "shop/alone:v2", node)?;
+    let (image, built) = pod_waiting_for_image(&space, "shop/alone:v2", node)?;
     wait_connected(bed, provider, node)?;
-    let cut_off = ControlPlaneDown::now(bed)?;
+    let outage = ControlPlaneDown::now(bed)?;
     for node in [provider, node] {
         let before = agent_container(bed, node)?.ok_or("there is no agent")?;
         bed.ctl(&["ctr", node, "tasks", "kill", "--signal", "SIGKILL", &before])?;
@@ -131,22 +131,22 @@ pub(super) fn restarted(bed: &TestBed) -> Result<(), TestError> {
             Ok(agent_container(bed, node)?.filter(|now| *now != before).map(drop))
         })?;
     }
-    import(bed, provider, &[(image.clone(), &made)])?;
+    import(bed, provider, &[(image.clone(), &built)])?;
     // A folder that the node and the test share: a node has a `/run` of its own.
     let fifos = bed.folder().to_string_lossy();
-    let (mut asked, mut refused) = (0, TestError::new());
-    let had = wait_for("the manual pull to succeed", WAIT_DEADLINE, || {
+    let (mut attempts, mut last_error) = (0, TestError::new());
+    let pulled = wait_for("the manual pull to succeed", WAIT_DEADLINE, || {
         let Some(agent) = agent_container(bed, node)? else { return Ok(None) };
-        asked += 1;
-        let id = format!("pull-{asked}");
+        attempts += 1;
+        let id = format!("pull-{attempts}");
         let pull = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &id, &agent, "/lighterman", "pull", &image];
         // The agent may not serve yet, or may lack the announcement of the provider.
-        let said = bed.ctl(&[&["ctr", node], &pull[..]].concat());
-        Ok(said.map_err(|error| refused = error).ok())
+        let text = bed.ctl(&[&["ctr", node], &pull[..]].concat());
+        Ok(text.map_err(|error| last_error = error).ok())
     });
-    let said = had.map_err(|error| format!("{error}\n{refused}"))?;
-    print!("{said}");
+    let text = pulled.map_err(|error| format!("{error}\n{last_error}"))?;
+    print!("{text}");
     wait_for("the pod's container to run", DEADLINE_WITHOUT_NUDGE, || container(bed, node, "waits", "c"))?;
-    drop(cut_off);
+    drop(outage);
     space.wait_running("waits").map(drop)
 }

@@ -26,7 +26,7 @@ const AFTER_HICCUP: Duration = Duration::from_secs(40);
 /// One try: the pods run on `node`, two other nodes have the old image.
 struct Try<'a> {
     space: &'a TestNamespace<'a>,
-    maker: &'a ImageBuilder,
+    builder: &'a ImageBuilder,
     number: usize,
     node: &'static str,
     providers: [&'static str; 2],
@@ -41,11 +41,11 @@ struct MovedTag {
 
 pub(super) fn run_no_old_image(bed: &TestBed) -> Result<(), TestError> {
     let space = TestNamespace::new(bed, "e2e-false-outages")?;
-    let maker = ImageBuilder::new(&bed.busybox())?;
+    let builder = ImageBuilder::new(&bed.busybox())?;
     let tries: Vec<_> = (0..tries_of_each_kind()?)
         .map(|number| {
             let node = |offset: usize| NODES[(number + offset) % NODES.len()].0;
-            Try { space: &space, maker: &maker, number, node: node(0), providers: [node(1), node(2)] }
+            Try { space: &space, builder: &builder, number, node: node(0), providers: [node(1), node(2)] }
         })
         .collect();
     let mut outcomes: Vec<_> = tries.iter().map(|a_try| ("broken image", a_try.after_a_broken_image())).collect();
@@ -97,7 +97,7 @@ fn after_a_hiccup(bed: &TestBed, tries: &[Try<'_>]) -> Result<usize, TestError> 
     for a_try in tries {
         for pod in a_try.failing_pods() {
             match a_try.number % NODES.len() {
-                0 => bed.registries().publish(&format!("failing/{pod}:v1"), &a_try.maker.build(PLAIN, &pod)),
+                0 => bed.registries().publish(&format!("failing/{pod}:v1"), &a_try.builder.build(PLAIN, &pod)),
                 2 => drop(bed.kubectl(&["-n", &a_try.space.name, "delete", "pod", &pod, "--wait=false"])?),
                 _ => {}
             }
@@ -127,7 +127,7 @@ impl Try<'_> {
     fn after_a_broken_image(&self) -> Result<usize, TestError> {
         let moved = self.publish_moved_tag(&ScriptedRegistry::Serves.host(), "broken")?;
         let (name, pod) = (format!("broken/image-{}:v1", self.number), format!("broken-{}", self.number));
-        let broken = self.maker.build(Recipe { layer: LayerVariant::CutShort, ..PLAIN }, &pod);
+        let broken = self.builder.build(Recipe { layer: LayerVariant::CutShort, ..PLAIN }, &pod);
         self.bed().registries().publish(&name, &broken);
         self.space.pod(&pod, self.node, &format!("{}/{name}", ScriptedRegistry::Serves.host()), true)?;
         self.wait_failed(&pod, &["failed to extract layer"])?;
@@ -139,7 +139,7 @@ impl Try<'_> {
     fn after_a_killed_containerd(&self) -> Result<usize, TestError> {
         let moved = self.publish_moved_tag(&ScriptedRegistry::Serves.host(), "killed")?;
         let (name, pod) = (format!("stalls/image-{}:v1", self.number), format!("stalled-{}", self.number));
-        let stalled = self.maker.build(PLAIN, &pod);
+        let stalled = self.builder.build(PLAIN, &pod);
         self.bed().registries().publish(&name, &stalled);
         self.space.pod(&pod, self.node, &format!("{}/{name}", ScriptedRegistry::Serves.host()), true)?;
         let layer = stalled.own_layer.as_deref().ok_or("the image has no layer")?;
@@ -157,7 +157,7 @@ impl Try<'_> {
     fn publish_moved_tag(&self, registry: &str, kind: &str) -> Result<MovedTag, TestError> {
         let name = format!("moved/{kind}-{}:v1", self.number);
         let image = format!("{registry}/{name}");
-        let [old, new] = ["old", "new"].map(|age| self.maker.build(PLAIN, &format!("{name}-{age}")));
+        let [old, new] = ["old", "new"].map(|age| self.builder.build(PLAIN, &format!("{name}-{age}")));
         self.bed().registries().publish(&name, &old);
         let [provider, third] = self.providers;
         let pod = format!("provider-{kind}-{}", self.number);
@@ -188,17 +188,17 @@ impl Try<'_> {
     fn runs_old(&self, moved: &MovedTag) -> Result<bool, TestError> {
         let pod = self.space.wait_running(&moved.pod())?;
         let id = pod["status"]["containerStatuses"][0]["imageID"].as_str().unwrap_or_default();
-        let is = |image: &Image| id.contains(&image.digest) || id.contains(&image.config);
-        if is(&moved.old) {
-            println!("  {} runs its old image on {}:\n{}", moved.image, self.node, self.story(moved)?);
+        let is_image = |image: &Image| id.contains(&image.digest) || id.contains(&image.config);
+        if is_image(&moved.old) {
+            println!("  {} runs its old image on {}:\n{}", moved.image, self.node, self.event_log(moved)?);
             return Ok(true);
         }
-        if is(&moved.new) { Ok(false) } else { Err(format!("{} runs {id}", moved.image)) }
+        if is_image(&moved.new) { Ok(false) } else { Err(format!("{} runs {id}", moved.image)) }
     }
 
     /// The Events of the moved pod and the failing pods, and the agents' log lines about the
     /// registry. All times are of the same clock.
-    fn story(&self, moved: &MovedTag) -> Result<String, TestError> {
+    fn event_log(&self, moved: &MovedTag) -> Result<String, TestError> {
         let pods: Vec<_> = self.failing_pods().into_iter().chain([moved.pod()]).collect();
         let events = self.bed().get(&["-n", &self.space.name, "events"])?;
         let events = events["items"].as_array().into_iter().flatten();

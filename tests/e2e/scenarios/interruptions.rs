@@ -92,20 +92,20 @@ pub(super) fn killed_at_random(bed: &TestBed) -> Result<(), TestError> {
     let mut kills = 0;
     for round in 0..KILLS {
         // Bytes fetched by this agent. The first agent has fetched other bytes before.
-        let moment = random.random_range(0.0..size) / 2.0 + if round == 0 { before } else { 0.0 };
-        let came = wait_for("the bytes of this round to be fetched", WAIT_DEADLINE, || {
+        let threshold = random.random_range(0.0..size) / 2.0 + if round == 0 { before } else { 0.0 };
+        let progress = wait_for("the bytes of this round to be fetched", WAIT_DEADLINE, || {
             let runs = is_running(&space.get_pod("victim")?);
             // An agent that is still starting does not answer.
             let bytes = fetched_bytes(bed, node).unwrap_or(0.0);
-            Ok((runs || bytes > moment).then_some((runs, bytes)))
+            Ok((runs || bytes > threshold).then_some((runs, bytes)))
         })?;
-        if came.0 {
+        if progress.0 {
             break;
         }
         kill_agent(bed, node)?;
         assert_no_partial_image(bed, node, &image)?;
         kills += 1;
-        println!("  killed after {:.0} MB (seed {seed}, round {round})", came.1 / 1e6);
+        println!("  killed after {:.0} MB (seed {seed}, round {round})", progress.1 / 1e6);
         let pod = agent_pod(bed, node)?;
         let name = pod["metadata"]["name"].as_str().unwrap_or_default();
         bed.kubectl(&["-n", "lighterman", "delete", "pod", name, "--force", "--grace-period=0"])?;

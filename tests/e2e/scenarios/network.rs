@@ -47,28 +47,28 @@ pub(super) fn udp_dropped(bed: &TestBed) -> Result<(), TestError> {
     let space = TestNamespace::new(bed, "e2e-udp-dropped")?;
     for (name, layers) in [("small", &[2, 1][..]), ("large", &[65])] {
         bed.push_image(&format!("shop/{name}-over-tcp:v1"), layers)?;
-        let holds = format!("holds-{name}");
-        space.pod(&holds, provider, &format!("{REGISTRY}/shop/{name}-over-tcp:v1"), true)?;
-        space.wait_running(&holds)?;
+        let provider_pod = format!("holds-{name}");
+        space.pod(&provider_pod, provider, &format!("{REGISTRY}/shop/{name}-over-tcp:v1"), true)?;
+        space.wait_running(&provider_pod)?;
     }
     let _down = RegistryDown::now(bed)?;
     let dropped = UdpDropped::now(bed)?;
-    let cut = Instant::now();
-    let is_blocked = |wanted: f64| {
+    let block_started = Instant::now();
+    let wait_blocked = |wanted: f64| {
         wait_for(&format!("lighterman_udp_blocked {wanted}"), WAIT_DEADLINE, || {
             Ok((bed.metric(node, "lighterman_udp_blocked")? == wanted).then_some(()))
         })
     };
-    is_blocked(1.0)?;
-    println!("\nfigure udp_block_found_s {:.1}", cut.elapsed().as_secs_f64());
+    wait_blocked(1.0)?;
+    println!("\nfigure udp_block_found_s {:.1}", block_started.elapsed().as_secs_f64());
 
     let began = Instant::now();
     space.pod("small", node, &format!("{REGISTRY}/shop/small-over-tcp:v1"), true)?;
     space.wait_running("small")?;
     println!("figure created_to_running_over_tcp_s {:.2} (3 MiB, the registry is down)", began.elapsed().as_secs_f64());
     println!("  {}", space.wait_recovered("small")?);
-    let came = bed.metric(node, "lighterman_fetched_over_tcp_bytes_total")?;
-    ensure(came > f64::from(3 << 20), format!("{came} bytes came over TCP"))?;
+    let tcp_bytes = bed.metric(node, "lighterman_fetched_over_tcp_bytes_total")?;
+    ensure(tcp_bytes > f64::from(3 << 20), format!("{tcp_bytes} bytes came over TCP"))?;
 
     space.pod("large", node, &format!("{REGISTRY}/shop/large-over-tcp:v1"), true)?;
     let note = wait_for("an Event about the large image", WAIT_DEADLINE, || {
@@ -78,7 +78,7 @@ pub(super) fn udp_dropped(bed: &TestBed) -> Result<(), TestError> {
     println!("  {note}");
     ensure(note.contains("UDP port 4701 is blocked"), format!("the Event does not name UDP: {note}"))?;
     drop(dropped);
-    is_blocked(0.0)
+    wait_blocked(0.0)
 }
 
 /// Queries for the name of the agents' Service, on the way to the cluster's DNS server. Each packet
@@ -107,8 +107,8 @@ impl DnsQueries {
 
     /// Reads packets for this time.
     fn read_for(&mut self, time: Duration) {
-        let (until, mut packet) = (Instant::now() + time, [0; 2048]);
-        while Instant::now() < until {
+        let (deadline, mut packet) = (Instant::now() + time, [0; 2048]);
+        while Instant::now() < deadline {
             let Ok(length) = self.packets.read(&mut packet) else { continue };
             let Some((from, port, id, name)) = query(&packet[..length]) else { continue };
             if name.starts_with("lighterman-peers") && self.seen.insert((from, port, id)) {
@@ -159,7 +159,7 @@ pub(super) fn dns_queries(bed: &TestBed) -> Result<(), TestError> {
         let of = |result: &str| bed.metric(node, &format!("lighterman_dns_lookups_total{{result=\"{result}\"}}"));
         Ok::<_, TestError>(of("answered")? + of("unanswered")?)
     };
-    let converged =
+    let is_converged =
         |peers: f64| Ok::<_, TestError>(bed.metric(node, "lighterman_peers").is_ok_and(|known| known == peers));
     // The nodes of the stall rows have agents too.
     let agents = bed.nodes().count() as f64;
@@ -171,20 +171,20 @@ pub(super) fn dns_queries(bed: &TestBed) -> Result<(), TestError> {
         let sent = queries.of(address).len();
         queries.read_for(Duration::from_secs(2));
         let is_still = look_ups().is_ok_and(|after| after == before) && queries.of(address).len() == sent;
-        if is_still && before >= 1.0 && converged(agents - 1.0)? {
+        if is_still && before >= 1.0 && is_converged(agents - 1.0)? {
             break before;
         }
         ensure(Instant::now() < deadline, "the new agent keeps querying DNS or lacks peers")?;
     };
     let names = queries.of(address);
-    let each = names.len() as f64 / counted;
+    let packets_per_lookup = names.len() as f64 / counted;
     println!(
-        "\nfigure dns_packets_per_look_up {each:.1} ({} packets, {counted} look-ups of an agent that started)",
+        "\nfigure dns_packets_per_look_up {packets_per_lookup:.1} ({} packets, {counted} look-ups of an agent that started)",
         names.len()
     );
     let expected = "lighterman-peers.lighterman.svc.cluster.local";
     ensure(names.iter().all(|name| *name == expected), format!("a search domain was tried: {names:?}"))?;
-    ensure(each <= 2.0, format!("a look-up is {each} packets"))?;
+    ensure(packets_per_lookup <= 2.0, format!("a look-up is {packets_per_lookup} packets"))?;
     let window = std::env::var(WINDOW).ok().and_then(|seconds| seconds.parse::<u32>().ok());
     let Some(window) = window else { return Ok(()) };
     queries.names.clear();

@@ -44,7 +44,7 @@ pub(super) fn dropped_packets(bed: &TestBed) -> Result<(), TestError> {
     let known_outages = || bed.metric(node, "lighterman_registries_down");
     let before = known_outages()?;
 
-    let _vanish = PacketsDropped::now(bed)?;
+    let _dropped = PacketsDropped::now(bed)?;
     // No node has these images, and the second pod does not opt in.
     space.pod("before-1", node, &format!("{REGISTRY}/nobody/has-this:v1"), true)?;
     space.pod("before-2", node, &format!("{REGISTRY}/nobody/has-that:v1"), false)?;
@@ -55,8 +55,8 @@ pub(super) fn dropped_packets(bed: &TestBed) -> Result<(), TestError> {
     })?;
     println!("\nfigure outage_known_s {:.1}", queued.elapsed().as_secs_f64());
 
-    let transfer = || bed.metric(node, "lighterman_recovery_seconds_sum");
-    let moved_before = transfer()?;
+    let recovery_seconds = || bed.metric(node, "lighterman_recovery_seconds_sum");
+    let seconds_before = recovery_seconds()?;
     let created = Instant::now();
     space.pod_with_token("wanted", node, &image)?;
     bed.cluster().wait("the wanted pod to run", DEADLINE_IN_OUTAGE, |objects| {
@@ -64,9 +64,9 @@ pub(super) fn dropped_packets(bed: &TestBed) -> Result<(), TestError> {
     })?;
     let took = created.elapsed().as_secs_f64();
     // The histogram counts a recovery when the recovery ends, which is before the pod runs.
-    let moving = transfer()? - moved_before;
-    println!("figure created_to_running_in_outage_s {:.2}", took - moving);
-    println!("  in all {took:.2} s, of which the recovery {moving:.2} s");
+    let recovery_time = recovery_seconds()? - seconds_before;
+    println!("figure created_to_running_in_outage_s {:.2}", took - recovery_time);
+    println!("  in all {took:.2} s, of which the recovery {recovery_time:.2} s");
     space.wait_recovered("wanted")?;
     ensure(!is_running(&space.get_pod("before-2")?), "a pod runs without opt-in and without a provider")?;
     ensure(space.events("before-2", "ImageNoProvider")?.is_empty(), "an Event on a pod that did not opt in")

@@ -14,8 +14,8 @@ use crate::test_bed::{NODES, TestBed, TestError, wait_for};
 /// Makes an image of a registry that refuses connections, and imports the image on the provider.
 fn provide_image(bed: &TestBed, name: &str, recipe: Recipe, provider: &str) -> Result<String, TestError> {
     let image = format!("{}/{name}", ScriptedRegistry::Refuses.host());
-    let made = ImageBuilder::new(&bed.busybox())?.build(recipe, name);
-    import(bed, provider, &[(image.clone(), &made)])?;
+    let built = ImageBuilder::new(&bed.busybox())?.build(recipe, name);
+    import(bed, provider, &[(image.clone(), &built)])?;
     Ok(image)
 }
 
@@ -121,10 +121,10 @@ pub(super) fn pull(bed: &TestBed, node: &str, image: &str) -> Result<String, Tes
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
     let pull = ["-n", "lighterman", "exec", name, "--", "lighterman", "pull", image];
     // The provider may not have announced the image yet.
-    let said = wait_for("the manual pull to succeed", WAIT_DEADLINE, || Ok(bed.kubectl(&pull).ok()));
-    let said = said.map_err(|error| format!("{error}\n{:?}", bed.kubectl(&pull)))?;
-    print!("{said}");
-    Ok(said)
+    let text = wait_for("the manual pull to succeed", WAIT_DEADLINE, || Ok(bed.kubectl(&pull).ok()));
+    let text = text.map_err(|error| format!("{error}\n{:?}", bed.kubectl(&pull)))?;
+    print!("{text}");
+    Ok(text)
 }
 
 /// An image that consists of a config cannot run, so no pod uses the image.
@@ -147,8 +147,8 @@ pub(super) fn unpacked(bed: &TestBed) -> Result<(), TestError> {
     for (number, (node, _)) in NODES.iter().enumerate() {
         let (provider, _) = NODES[(number + 1) % NODES.len()];
         let image = provide_image(bed, &format!("hand/unpacked-{node}:v1"), PLAIN, provider)?;
-        let said = pull(bed, node, &image)?;
-        ensure(said.contains("unpacking layer "), format!("nothing was unpacked on {node}:\n{said}"))?;
+        let text = pull(bed, node, &image)?;
+        ensure(text.contains("unpacking layer "), format!("nothing was unpacked on {node}:\n{text}"))?;
         let checked = bed.ctl(&["ctr", node, "images", "check", &format!("name=={image}")])?;
         let is_unpacked = checked.lines().any(|line| line.starts_with(&image) && line.trim_end().ends_with("true"));
         ensure(is_unpacked, format!("on {node} the image was not unpacked by the pull:\n{checked}"))?;

@@ -58,15 +58,15 @@ pub(super) fn unauthenticated_peers(bed: &TestBed) -> Result<(), TestError> {
         NODES.iter().map(|(node, _)| bed.metric(node, "lighterman_served_bytes_total")).sum()
     };
     let before = served()?;
-    for (what, token, said) in cases {
+    for (what, token, expected) in cases {
         for agent in &agents {
-            let refused = runtime.block_on(connect_quic(&identity, &token, *agent));
-            match &refused {
-                Err(DialError::Rejected { reason, .. }) if reason.contains(said) => {}
-                other => return Err(format!("{what}, at {agent}: {other:?} instead of: {said}")),
+            let outcome = runtime.block_on(connect_quic(&identity, &token, *agent));
+            match &outcome {
+                Err(DialError::Rejected { reason, .. }) if reason.contains(expected) => {}
+                other => return Err(format!("{what}, at {agent}: {other:?} instead of: {expected}")),
             }
-            let seen = runtime.block_on(connect_libp2p(&identity, *agent, refused.err().and_then(refusing_peer)))?;
-            ensure(seen == GossipAccess::Nothing, format!("{what}, at {agent}: libp2p is open: {seen:?}"))?;
+            let access = runtime.block_on(connect_libp2p(&identity, *agent, outcome.err().and_then(rejecting_peer)))?;
+            ensure(access == GossipAccess::Nothing, format!("{what}, at {agent}: libp2p is open: {access:?}"))?;
         }
         println!("  {what}: rejected by {} nodes over both protocols", agents.len());
     }
@@ -74,11 +74,11 @@ pub(super) fn unauthenticated_peers(bed: &TestBed) -> Result<(), TestError> {
 
     // Agents that reject every connection would pass the checks above. So the valid token must be
     // admitted over both protocols.
-    let met = runtime
+    let agent_peer = runtime
         .block_on(connect_quic(&identity, &good, agents[2]))
         .map_err(|error| format!("a good token: {error}"))?;
-    let seen = runtime.block_on(connect_libp2p(&identity, agents[2], Some(met)))?;
-    ensure(seen == GossipAccess::Gossip, format!("with a good token: {seen:?}"))
+    let access = runtime.block_on(connect_libp2p(&identity, agents[2], Some(agent_peer)))?;
+    ensure(access == GossipAccess::Gossip, format!("with a good token: {access:?}"))
 }
 
 /// Requests a token from the API server.
@@ -149,21 +149,22 @@ impl Admission for FixedCredential {
 async fn connect_quic(identity: &Identity, token: &str, agent: SocketAddr) -> Result<PeerId, DialError> {
     let node = "stranger".parse().expect("a node's name");
     let config = Config { listen: ([0, 0, 0, 0], 0).into(), gossip_port: 1, node, concurrent_uploads: 1 };
-    let shows = FixedCredential { credential: Credential::new(token.to_owned()), renewals: watch::Sender::default() };
-    let (joined, _) = mpsc::channel(1);
-    let surroundings = TransferDependencies {
-        admission: Arc::new(shows),
+    let fixed_credential =
+        FixedCredential { credential: Credential::new(token.to_owned()), renewals: watch::Sender::default() };
+    let (admitted_peers, _) = mpsc::channel(1);
+    let dependencies = TransferDependencies {
+        admission: Arc::new(fixed_credential),
         store: Arc::new(MemoryStore::default()),
         partials: Arc::new(NoPartialBlobs),
         metrics: Metrics::new(),
-        admitted_peers: joined,
+        admitted_peers,
     };
-    let transfer = Transfer::bind(config, identity, surroundings);
+    let transfer = Transfer::bind(config, identity, dependencies);
     transfer.expect("a socket").dial(agent, None).await.map(|peer| peer.id)
 }
 
 /// The agent that rejected the connection.
-fn refusing_peer(error: DialError) -> Option<PeerId> {
+fn rejecting_peer(error: DialError) -> Option<PeerId> {
     match error {
         DialError::Rejected { peer, .. } => Some(peer),
         _ => None,
@@ -230,6 +231,6 @@ async fn connect_libp2p(
             }
         }
     };
-    let late = |_| format!("{agent}: the connection neither ends nor delivers data");
-    tokio::time::timeout(WAIT_DEADLINE, watched).await.map_err(late)?
+    let timed_out = |_| format!("{agent}: the connection neither ends nor delivers data");
+    tokio::time::timeout(WAIT_DEADLINE, watched).await.map_err(timed_out)?
 }

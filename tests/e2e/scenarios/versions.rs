@@ -209,7 +209,7 @@ pub(super) fn side_by_side(bed: &TestBed) -> Result<(), TestError> {
     let builds = Builds::of(bed)?;
     let space = TestNamespace::new(bed, "e2e-versions")?;
     builds.install(Build::Previous, one)?;
-    let kept = (StateFiles::on(bed, one)?, StateFiles::on(bed, other)?);
+    let state_files = (StateFiles::on(bed, one)?, StateFiles::on(bed, other)?);
     let [first, second] = ["first", "second"].map(|turn| {
         let of_one = provide_image(&space, &format!("{turn}-of-{one}"), one);
         of_one.and_then(|of_one| Ok((of_one, provide_image(&space, &format!("{turn}-of-{other}"), other)?)))
@@ -223,11 +223,11 @@ pub(super) fn side_by_side(bed: &TestBed) -> Result<(), TestError> {
     // Exchanges the builds during the outage, on the same data folders.
     builds.install(Build::Current, one)?;
     builds.install(Build::Previous, other)?;
-    kept.0.assert_unchanged(bed, one)?;
-    kept.1.assert_unchanged(bed, other)?;
+    state_files.0.assert_unchanged(bed, one)?;
+    state_files.1.assert_unchanged(bed, other)?;
     recover_image(&space, "rolled-back-from-upgraded", &second.0, other)?;
     recover_image(&space, "upgraded-from-rolled-back", &second.1, one)?;
 
     builds.install(Build::Current, other)?;
-    kept.1.assert_unchanged(bed, other)
+    state_files.1.assert_unchanged(bed, other)
 }

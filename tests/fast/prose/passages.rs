@@ -55,7 +55,7 @@ fn comments(text: &str, comment: impl Fn(&str) -> Option<&str>) -> Vec<Passage> 
     let mut blocks = Blocks::default();
     let mut is_fenced = false;
     for (number, line) in text.lines().enumerate().map(|(index, line)| (index + 1, line)) {
-        let Some(said) = comment(line).map(str::trim) else {
+        let Some(content) = comment(line).map(str::trim) else {
             is_fenced = false;
             blocks.end();
             continue;
@@ -63,12 +63,13 @@ fn comments(text: &str, comment: impl Fn(&str) -> Option<&str>) -> Vec<Passage> 
         if line.chars().count() > WIDTH {
             blocks.wide(number);
         }
-        if said.starts_with("```") {
+        if content.starts_with("```") {
             is_fenced = !is_fenced;
         }
-        let is_text = !is_fenced && !said.is_empty() && !said.starts_with(['|', '#']) && !said.starts_with("```");
+        let is_text =
+            !is_fenced && !content.is_empty() && !content.starts_with(['|', '#']) && !content.starts_with("```");
         match is_text {
-            true => blocks.line(number, said),
+            true => blocks.line(number, content),
             false => blocks.end(),
         }
     }
@@ -80,19 +81,19 @@ fn paragraphs(text: &str) -> Vec<Passage> {
     let mut blocks = Blocks::default();
     let mut is_fenced = false;
     for (number, line) in text.lines().enumerate().map(|(index, line)| (index + 1, line)) {
-        let said = line.trim();
-        if said.starts_with("```") {
+        let content = line.trim();
+        if content.starts_with("```") {
             is_fenced = !is_fenced;
         }
-        if is_fenced || said.is_empty() || said.starts_with(['|', '#']) || said.starts_with("```") {
+        if is_fenced || content.is_empty() || content.starts_with(['|', '#']) || content.starts_with("```") {
             blocks.end();
             continue;
         }
-        let item = said.strip_prefix("- ").or_else(|| said.strip_prefix("* ")).or_else(|| numbered_item(said));
+        let item = content.strip_prefix("- ").or_else(|| content.strip_prefix("* ")).or_else(|| numbered_item(content));
         if item.is_some() {
             blocks.end();
         }
-        blocks.line(number, item.unwrap_or(said));
+        blocks.line(number, item.unwrap_or(content));
     }
     blocks.finish()
 }

@@ -46,17 +46,17 @@ impl Catalogue {
     }
 
     fn image(&mut self, number: usize, bases: &[ItemNumber]) {
-        let mut parts: Vec<_> = (0..OWN_BLOBS).map(|blob| self.blob(&format!("image {number} blob {blob}"))).collect();
-        let InventoryItem::Blob(root) = self.items[parts[0] as usize] else {
+        let mut items: Vec<_> = (0..OWN_BLOBS).map(|blob| self.blob(&format!("image {number} blob {blob}"))).collect();
+        let InventoryItem::Blob(index) = self.items[items[0] as usize] else {
             unreachable!("the first part is the index")
         };
-        parts.extend(bases);
+        items.extend(bases);
         let path = format!("team-{}/service-{number}", number % 37);
         let repository = Repository { registry: "registry.example.com".into(), path };
         for tag in [Some(format!("v1.{number}.0")), None] {
-            parts.push(self.add(InventoryItem::Image(repository.clone(), tag, root)));
+            items.push(self.add(InventoryItem::Image(repository.clone(), tag, index)));
         }
-        self.images.push(parts);
+        self.images.push(items);
     }
 
     /// Makes a blob that no node has yet and that belongs to no image.
@@ -82,7 +82,7 @@ impl Catalogue {
         ItemNumber::try_from(self.items.len()).expect("fewer items than 2^32")
     }
 
-    pub(crate) fn parts(&self, image: usize) -> &[ItemNumber] {
+    pub(crate) fn image_items(&self, image: usize) -> &[ItemNumber] {
         &self.images[image]
     }
 
@@ -92,8 +92,8 @@ impl Catalogue {
     pub(crate) fn pick(&self, images: usize, rng: &mut SmallRng) -> BTreeSet<ItemNumber> {
         let mut picked = BTreeSet::new();
         while picked.len() < images.min(self.images.len()) {
-            let place: f64 = rng.random();
-            picked.insert((place * place * self.images.len() as f64) as usize);
+            let position: f64 = rng.random();
+            picked.insert((position * position * self.images.len() as f64) as usize);
         }
         picked.into_iter().flat_map(|image| self.images[image].iter().copied()).collect()
     }

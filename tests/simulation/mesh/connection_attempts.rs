@@ -41,7 +41,7 @@ enum AttemptStep {
     /// The other agent's answer arrives.
     Welcome,
     /// The libp2p dial arrives at the other agent.
-    Dialled,
+    Dialed,
     /// The libp2p connection is established. False if the other agent rejects the connection.
     Connected(MeshConnectionId, bool),
     /// No answer arrives.
@@ -52,7 +52,7 @@ impl ConnectionAttempt {
     /// The process at which the step happens.
     pub(super) fn at(&self) -> (NodeNumber, u32) {
         match self.step {
-            AttemptStep::Hello | AttemptStep::Dialled => self.to,
+            AttemptStep::Hello | AttemptStep::Dialed => self.to,
             AttemptStep::Welcome | AttemptStep::Connected(..) | AttemptStep::Failed => self.from,
         }
     }
@@ -65,32 +65,32 @@ impl Mesh {
         self.nodes[node].start(now, instant, seed);
         self.nodes[node].seeds = seeds.to_vec();
         self.introduce(node);
-        let held: Vec<_> = self.nodes[node].items.iter().copied().collect();
-        self.announce(node, &held, &[]);
+        let items: Vec<_> = self.nodes[node].items.iter().copied().collect();
+        self.announce(node, &items, &[]);
         self.start_timers(node);
     }
 
     /// Starts the agent's timers, each at a random moment.
     pub(super) fn start_timers(&mut self, node: NodeNumber) {
-        let life = self.nodes[node].generation;
+        let generation = self.nodes[node].generation;
         let tick = self.now + self.jitter(250_000);
-        self.schedule(tick, Event::Tick(node, life));
+        self.schedule(tick, Event::Tick(node, generation));
         let beat = self.now + self.jitter(HEARTBEAT);
-        self.schedule(beat, Event::Heartbeat(node, life));
+        self.schedule(beat, Event::Heartbeat(node, generation));
         let renewal = self.now + self.jitter(TOKEN_RENEWAL);
-        self.schedule(renewal, Event::RenewToken(node, life));
+        self.schedule(renewal, Event::RenewToken(node, generation));
         if !self.nodes[node].seeds.is_empty() {
-            self.schedule(self.now, Event::Join(node, life));
+            self.schedule(self.now, Event::Join(node, generation));
         }
     }
 
     /// SIGKILL: the kernel closes the process's connections.
     pub(crate) fn kill(&mut self, node: NodeNumber) {
         let Some(agent) = self.nodes[node].agent.take() else { return };
-        for link in agent.neighbors.into_values().flatten() {
-            let side = usize::from(self.connections[link as usize].ends[0].0 != node);
-            self.send(link, side, Frame::Closed);
-            self.connections[link as usize].open[side] = false;
+        for connection in agent.neighbors.into_values().flatten() {
+            let side = usize::from(self.connections[connection as usize].ends[0].0 != node);
+            self.send(connection, side, Frame::Closed);
+            self.connections[connection as usize].open[side] = false;
         }
     }
 
@@ -105,15 +105,15 @@ impl Mesh {
     pub(super) fn introduce(&mut self, node: NodeNumber) {
         let peer = self.nodes[node].peer.clone();
         // A renewed token differs from the earlier token.
-        let shown = credential(peer.id, self.now);
+        let token = credential(peer.id, self.now);
         self.with_protocol(node, |protocol, _, now| {
-            protocol.introduce(shown, peer.transfer, peer.gossip, peer.zone, now)
+            protocol.introduce(token, peer.transfer, peer.gossip, peer.zone, now)
         });
     }
 
     /// Dials the seeds that are not alive in the inventory, as the agent does with addresses from
     /// DNS.
-    pub(super) fn join(&mut self, node: NodeNumber, life: u32) {
+    pub(super) fn join(&mut self, node: NodeNumber, generation: u32) {
         for seed in self.nodes[node].seeds.clone() {
             if seed != node && !self.considers_alive(node, seed) {
                 let peer = self.nodes[seed].peer.id;
@@ -124,7 +124,7 @@ impl Mesh {
         let is_alone = self.nodes[node].agent.as_ref().is_none_or(|agent| agent.neighbors.is_empty());
         let wait = if is_alone { FIRST_JOIN } else { JOIN };
         let at = self.now + wait + self.jitter(wait / 5);
-        self.schedule(at, Event::Join(node, life));
+        self.schedule(at, Event::Join(node, generation));
     }
 
     fn attempt(&self, from: NodeNumber, to: PeerId, by_address: bool) -> Option<ConnectionAttempt> {
@@ -133,91 +133,95 @@ impl Mesh {
         Some(ConnectionAttempt { from: end(from), to: end(to), step: AttemptStep::Hello, by_address })
     }
 
-    fn later(&mut self, meeting: ConnectionAttempt, step: AttemptStep, after: Micros) {
-        self.schedule(self.now + after, Event::Connection(ConnectionAttempt { step, ..meeting }));
+    fn schedule_step(&mut self, attempt: ConnectionAttempt, step: AttemptStep, after: Micros) {
+        self.schedule(self.now + after, Event::Connection(ConnectionAttempt { step, ..attempt }));
     }
 
     /// Starts a QUIC handshake. A failed handshake by address is not reported to the protocol.
     pub(super) fn connect_quic(&mut self, node: NodeNumber, peer: PeerId, by_address: bool) {
-        let Some(meeting) = self.attempt(node, peer, by_address) else { return };
-        let there = self.latency(node, meeting.to.0);
-        if self.is_cut(node, meeting.to.0) {
-            return self.later(meeting, AttemptStep::Failed, micros(QUIC_TIMEOUT));
+        let Some(attempt) = self.attempt(node, peer, by_address) else { return };
+        let delay = self.latency(node, attempt.to.0);
+        if self.is_unreachable(node, attempt.to.0) {
+            return self.schedule_step(attempt, AttemptStep::Failed, micros(QUIC_TIMEOUT));
         }
         // QUIC's handshake takes three one-way latencies, then the Hello is admitted.
-        self.later(meeting, AttemptStep::Hello, 3 * there + ADMISSION_TIME);
+        self.schedule_step(attempt, AttemptStep::Hello, 3 * delay + ADMISSION_TIME);
     }
 
     pub(super) fn dial(&mut self, node: NodeNumber, peer: PeerId) {
-        let Some(meeting) = self.attempt(node, peer, false) else { return };
-        let there = self.latency(node, meeting.to.0);
-        let allowed = self.nodes[node].agent.as_ref().is_some_and(|agent| agent.admitted.contains(&meeting.to.0));
+        let Some(attempt) = self.attempt(node, peer, false) else { return };
+        let delay = self.latency(node, attempt.to.0);
+        let allowed = self.nodes[node].agent.as_ref().is_some_and(|agent| agent.admitted.contains(&attempt.to.0));
         if !allowed {
-            return self.later(meeting, AttemptStep::Failed, 0);
+            return self.schedule_step(attempt, AttemptStep::Failed, 0);
         }
-        if self.is_cut(node, meeting.to.0) {
-            return self.later(meeting, AttemptStep::Failed, micros(LIBP2P_TIMEOUT));
+        if self.is_unreachable(node, attempt.to.0) {
+            return self.schedule_step(attempt, AttemptStep::Failed, micros(LIBP2P_TIMEOUT));
         }
         // TCP, the negotiation of noise, and three noise messages.
-        self.later(meeting, AttemptStep::Dialled, 7 * there);
+        self.schedule_step(attempt, AttemptStep::Dialed, 7 * delay);
     }
 
-    pub(super) fn advance(&mut self, meeting: ConnectionAttempt) {
-        let ConnectionAttempt { from: (from, _), to: (to, _), step, by_address } = meeting;
-        let back = self.latency(from, to);
-        if self.is_cut(from, to) && !matches!(step, AttemptStep::Failed) {
-            return self.later(meeting, AttemptStep::Failed, micros(QUIC_TIMEOUT));
+    pub(super) fn advance(&mut self, attempt: ConnectionAttempt) {
+        let ConnectionAttempt { from: (from, _), to: (to, _), step, by_address } = attempt;
+        let delay = self.latency(from, to);
+        if self.is_unreachable(from, to) && !matches!(step, AttemptStep::Failed) {
+            return self.schedule_step(attempt, AttemptStep::Failed, micros(QUIC_TIMEOUT));
         }
         match step {
             AttemptStep::Hello => {
                 self.count_traffic(from, to, message_sizes::QUIC_HANDSHAKE);
                 let peer = self.nodes[from].peer.clone();
-                self.with_protocol(to, |protocol, table, now| protocol.admit(peer, TOKEN_LIFETIME, table, now));
-                self.later(meeting, AttemptStep::Welcome, back);
+                self.with_protocol(to, |protocol, inventory, now| protocol.admit(peer, TOKEN_LIFETIME, inventory, now));
+                self.schedule_step(attempt, AttemptStep::Welcome, delay);
             }
             AttemptStep::Welcome => {
                 let peer = self.nodes[to].peer.clone();
-                self.with_protocol(from, |protocol, table, now| protocol.admit(peer, TOKEN_LIFETIME, table, now));
+                self.with_protocol(from, |protocol, inventory, now| {
+                    protocol.admit(peer, TOKEN_LIFETIME, inventory, now)
+                });
             }
-            AttemptStep::Dialled => {
+            AttemptStep::Dialed => {
                 self.count_traffic(from, to, message_sizes::CONNECTING);
-                let wanted = self.nodes[to].agent.as_ref().is_some_and(|agent| agent.admitted.contains(&from));
-                let link = self.connections.len() as MeshConnectionId;
+                let is_admitted = self.nodes[to].agent.as_ref().is_some_and(|agent| agent.admitted.contains(&from));
+                let connection = self.connections.len() as MeshConnectionId;
                 // Frames of the listener arrive after the dialer has the connection.
-                self.connections.push(Connection::new([meeting.from, meeting.to], self.now + back));
-                self.later(meeting, AttemptStep::Connected(link, wanted), back);
-                if wanted {
-                    self.open(link, 1);
+                self.connections.push(Connection::new([attempt.from, attempt.to], self.now + delay));
+                self.schedule_step(attempt, AttemptStep::Connected(connection, is_admitted), delay);
+                if is_admitted {
+                    self.open(connection, 1);
                 }
             }
-            AttemptStep::Connected(link, wanted) => {
-                self.open(link, 0);
-                if !wanted {
-                    self.schedule(self.now + back, Event::Arrive(link, 0, Frame::Closed));
+            AttemptStep::Connected(connection, is_admitted) => {
+                self.open(connection, 0);
+                if !is_admitted {
+                    self.schedule(self.now + delay, Event::Arrive(connection, 0, Frame::Closed));
                 }
             }
             AttemptStep::Failed if by_address => {}
             AttemptStep::Failed => {
                 let peer = self.nodes[to].peer.id;
-                self.with_protocol(from, |protocol, table, now| protocol.dial_failed(peer, table, now));
+                self.with_protocol(from, |protocol, inventory, now| protocol.dial_failed(peer, inventory, now));
             }
         }
     }
 
     /// Handles a Hello or dial to a process that does not run. The kernel refuses a dial, and a
     /// Hello gets no answer.
-    pub(super) fn handle_unanswered(&mut self, meeting: ConnectionAttempt) {
-        let (from, to) = (meeting.from.0, meeting.to.0);
+    pub(super) fn handle_unanswered(&mut self, attempt: ConnectionAttempt) {
+        let (from, to) = (attempt.from.0, attempt.to.0);
         // Another process may run there since.
-        if self.nodes[to].agent.is_some() && matches!(meeting.step, AttemptStep::Hello | AttemptStep::Dialled) {
-            let anew = ConnectionAttempt { to: (to, self.nodes[to].generation), ..meeting };
-            return self.later(anew, meeting.step, 0);
+        if self.nodes[to].agent.is_some() && matches!(attempt.step, AttemptStep::Hello | AttemptStep::Dialed) {
+            let restarted = ConnectionAttempt { to: (to, self.nodes[to].generation), ..attempt };
+            return self.schedule_step(restarted, attempt.step, 0);
         }
-        let back = self.latency(from, to);
-        match meeting.step {
-            AttemptStep::Hello => self.later(meeting, AttemptStep::Failed, micros(QUIC_TIMEOUT)),
-            AttemptStep::Dialled => self.later(meeting, AttemptStep::Failed, back),
-            AttemptStep::Connected(link, _) => self.schedule(self.now + back, Event::Arrive(link, 1, Frame::Closed)),
+        let delay = self.latency(from, to);
+        match attempt.step {
+            AttemptStep::Hello => self.schedule_step(attempt, AttemptStep::Failed, micros(QUIC_TIMEOUT)),
+            AttemptStep::Dialed => self.schedule_step(attempt, AttemptStep::Failed, delay),
+            AttemptStep::Connected(connection, _) => {
+                self.schedule(self.now + delay, Event::Arrive(connection, 1, Frame::Closed))
+            }
             AttemptStep::Welcome | AttemptStep::Failed => {}
         }
     }
@@ -230,27 +234,27 @@ impl Mesh {
     }
 
     /// Opens the connection for one side, which subscribes and starts to ping.
-    fn open(&mut self, link: MeshConnectionId, side: usize) {
-        self.connections[link as usize].open[side] = true;
-        let [near, far] = [side, 1 - side].map(|side| self.connections[link as usize].end(side).0);
+    fn open(&mut self, connection: MeshConnectionId, side: usize) {
+        self.connections[connection as usize].open[side] = true;
+        let [near, far] = [side, 1 - side].map(|side| self.connections[connection as usize].end(side).0);
         let peer = self.nodes[far].peer.id;
         let Some(agent) = &mut self.nodes[near].agent else { return };
-        agent.neighbors.entry(far).or_default().push(link);
-        self.with_protocol(near, |protocol, _, now| protocol.connection_opened(link, peer, now));
-        self.send(link, side, Frame::Subscribe);
-        self.send(link, side, Frame::Ping);
+        agent.neighbors.entry(far).or_default().push(connection);
+        self.with_protocol(near, |protocol, _, now| protocol.connection_opened(connection, peer, now));
+        self.send(connection, side, Frame::Subscribe);
+        self.send(connection, side, Frame::Ping);
     }
 
-    pub(super) fn allow(&mut self, node: NodeNumber, peer: PeerId, may: bool) {
+    pub(super) fn allow(&mut self, node: NodeNumber, peer: PeerId, is_allowed: bool) {
         let Some(peer) = self.number(peer) else { return };
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        if may {
+        if is_allowed {
             agent.admitted.insert(peer);
             return;
         }
         agent.admitted.remove(&peer);
-        for link in agent.neighbors.get(&peer).cloned().unwrap_or_default() {
-            self.close(link, node);
+        for connection in agent.neighbors.get(&peer).cloned().unwrap_or_default() {
+            self.close(connection, node);
         }
     }
 }

@@ -70,7 +70,7 @@ impl Connection {
 
 impl Mesh {
     /// Whether packets between two nodes are dropped.
-    pub(crate) fn is_cut(&self, one: NodeNumber, other: NodeNumber) -> bool {
+    pub(crate) fn is_unreachable(&self, one: NodeNumber, other: NodeNumber) -> bool {
         let (one, other) = (&self.nodes[one], &self.nodes[other]);
         one.is_link_down || other.is_link_down || one.partition != other.partition
     }
@@ -83,42 +83,42 @@ impl Mesh {
 
     pub(super) fn send_all(&mut self, node: NodeNumber, sending: OutgoingFrames) {
         for (peer, frame) in sending {
-            let link = self.nodes[node].agent.as_ref().and_then(|agent| agent.connection_to(peer));
-            if let Some(link) = link {
-                let side = self.connections[link as usize].side_of(node);
-                self.send(link, side, frame);
+            let connection = self.nodes[node].agent.as_ref().and_then(|agent| agent.connection_to(peer));
+            if let Some(connection) = connection {
+                let side = self.connections[connection as usize].side_of(node);
+                self.send(connection, side, frame);
             }
         }
     }
 
-    pub(super) fn send(&mut self, link: MeshConnectionId, side: usize, frame: Frame) {
-        let [(one, _), (other, _)] = self.connections[link as usize].ends;
-        if !self.connections[link as usize].open[side] {
+    pub(super) fn send(&mut self, connection: MeshConnectionId, side: usize, frame: Frame) {
+        let [(one, _), (other, _)] = self.connections[connection as usize].ends;
+        if !self.connections[connection as usize].open[side] {
             return;
         }
-        if self.is_cut(one, other) {
-            self.buffer(link, side, frame);
+        if self.is_unreachable(one, other) {
+            self.buffer(connection, side, frame);
         } else {
-            self.transmit(link, side, frame, 0);
+            self.transmit(connection, side, frame, 0);
         }
     }
 
     /// Schedules the arrival of a frame, after earlier frames of this side.
-    fn transmit(&mut self, link: MeshConnectionId, side: usize, frame: Frame, delay: Micros) {
-        let [(one, _), (other, _)] = self.connections[link as usize].ends;
+    fn transmit(&mut self, connection: MeshConnectionId, side: usize, frame: Frame, delay: Micros) {
+        let [(one, _), (other, _)] = self.connections[connection as usize].ends;
         let (from, to) = if side == 0 { (one, other) } else { (other, one) };
         let (kind, bytes) = self.frame_bytes(&frame);
         let latency = self.latency(one, other);
-        let link_state = &mut self.connections[link as usize];
-        let at = link_state.arrives[side].max(self.now + delay + latency + (bytes / BANDWIDTH) as Micros);
-        link_state.arrives[side] = at;
-        let acks_from_sender = link_state.unacknowledged[side].sent(self.now);
-        let acks_from_receiver = link_state.unacknowledged[1 - side].received(bytes, at);
+        let state = &mut self.connections[connection as usize];
+        let at = state.arrives[side].max(self.now + delay + latency + (bytes / BANDWIDTH) as Micros);
+        state.arrives[side] = at;
+        let acks_from_sender = state.unacknowledged[side].sent(self.now);
+        let acks_from_receiver = state.unacknowledged[1 - side].received(bytes, at);
         self.nodes[from].traffic.send(bytes);
         self.nodes[to].traffic.receive(kind, bytes);
         self.acknowledge(from, to, acks_from_sender);
         self.acknowledge(to, from, acks_from_receiver);
-        self.schedule(at, Event::Arrive(link, 1 - side, frame));
+        self.schedule(at, Event::Arrive(connection, 1 - side, frame));
     }
 
     fn acknowledge(&mut self, from: NodeNumber, to: NodeNumber, acks: usize) {
@@ -127,25 +127,25 @@ impl Mesh {
         self.nodes[from].traffic.sent += sender.sent;
     }
 
-    fn buffer(&mut self, link: MeshConnectionId, side: usize, frame: Frame) {
+    fn buffer(&mut self, id: MeshConnectionId, side: usize, frame: Frame) {
         let now = self.now;
-        let link = &mut self.connections[link as usize];
-        if link.undelivered[side].is_empty() {
-            link.undelivered_since[side] = now;
+        let connection = &mut self.connections[id as usize];
+        if connection.undelivered[side].is_empty() {
+            connection.undelivered_since[side] = now;
         }
         // The end of the connection is always delivered, however late.
-        if link.undelivered[side].len() < MAX_UNDELIVERED || matches!(frame, Frame::Closed) {
-            link.undelivered[side].push(frame);
+        if connection.undelivered[side].len() < MAX_UNDELIVERED || matches!(frame, Frame::Closed) {
+            connection.undelivered[side].push(frame);
         }
     }
 
     /// Buffers a frame that would arrive while the network is cut. Returns whether the frame was
     /// buffered.
-    pub(super) fn is_lost(&mut self, link: MeshConnectionId, side: usize, frame: &Frame) -> bool {
-        let [(one, _), (other, _)] = self.connections[link as usize].ends;
-        let lost = self.is_cut(one, other);
+    pub(super) fn is_lost(&mut self, connection: MeshConnectionId, side: usize, frame: &Frame) -> bool {
+        let [(one, _), (other, _)] = self.connections[connection as usize].ends;
+        let lost = self.is_unreachable(one, other);
         if lost {
-            self.buffer(link, 1 - side, frame.clone());
+            self.buffer(connection, 1 - side, frame.clone());
         }
         lost
     }
@@ -154,7 +154,7 @@ impl Mesh {
     pub(crate) fn resend(&mut self) {
         for number in 0..self.connections.len() {
             let [(one, _), (other, _)] = self.connections[number].ends;
-            if self.is_cut(one, other) {
+            if self.is_unreachable(one, other) {
                 continue;
             }
             for side in 0..2 {
@@ -177,41 +177,43 @@ impl Mesh {
     /// fails.
     pub(super) fn handle_undeliverable(&mut self, event: Event) {
         match event {
-            Event::Arrive(link, side, frame) if !matches!(frame, Frame::Closed) => self.reset(link, side),
-            Event::Connection(meeting) => self.handle_unanswered(meeting),
+            Event::Arrive(connection, side, frame) if !matches!(frame, Frame::Closed) => self.reset(connection, side),
+            Event::Connection(attempt) => self.handle_unanswered(attempt),
             _ => {}
         }
     }
 
     /// Sends RST to the other side.
-    fn reset(&mut self, link: MeshConnectionId, side: usize) {
-        if self.connections[link as usize].open[1 - side] {
-            self.transmit(link, side, Frame::Closed, 0);
+    fn reset(&mut self, connection: MeshConnectionId, side: usize) {
+        if self.connections[connection as usize].open[1 - side] {
+            self.transmit(connection, side, Frame::Closed, 0);
         }
     }
 
-    pub(super) fn receive_frame(&mut self, link: MeshConnectionId, side: usize, node: NodeNumber, frame: Frame) {
-        if !self.connections[link as usize].open[side] {
+    pub(super) fn receive_frame(&mut self, connection: MeshConnectionId, side: usize, node: NodeNumber, frame: Frame) {
+        if !self.connections[connection as usize].open[side] {
             if !matches!(frame, Frame::Closed) {
-                self.reset(link, side);
+                self.reset(connection, side);
             }
             return;
         }
-        let (from, _) = self.connections[link as usize].end(1 - side);
+        let (from, _) = self.connections[connection as usize].end(1 - side);
         let (now, peer) = (self.now, self.nodes[from].peer.id);
         let dialed = side == 0;
         let Some(agent) = &mut self.nodes[node].agent else { return };
         let router = &mut agent.router;
         let sending = match frame {
             Frame::Message(message) => return self.receive_gossip(node, from, message),
-            Frame::Ping => return self.send(link, side, Frame::Pong),
+            Frame::Ping => return self.send(connection, side, Frame::Pong),
             Frame::Pong => {
-                self.with_protocol(node, |protocol, table, now| protocol.record_ping_answer(link, peer, table, now));
-                return self.schedule_probe(link, side);
+                self.with_protocol(node, |protocol, inventory, now| {
+                    protocol.record_ping_answer(connection, peer, inventory, now)
+                });
+                return self.schedule_probe(connection, side);
             }
-            Frame::Request(ask, question) => return self.reply(link, side, node, peer, ask, &question),
-            Frame::Response(ask, reply) => return self.receive_response(node, ask, &reply),
-            Frame::Closed => return self.end_side(link, side),
+            Frame::Request(id, request) => return self.reply(connection, side, node, peer, id, &request),
+            Frame::Response(id, reply) => return self.receive_response(node, id, &reply),
+            Frame::Closed => return self.end_side(connection, side),
             Frame::IHave(messages) => router.handle_ihave(from, &messages, now),
             Frame::IWant(messages) => router.handle_iwant(from, &messages),
             Frame::Subscribe => router.handle_subscription(from, dialed, now),
@@ -238,84 +240,89 @@ impl Mesh {
             Frame::IDontWant(_) => (TrafficKind::Control, message_sizes::iwant(1)),
             Frame::Subscribe | Frame::Graft | Frame::Prune => (TrafficKind::Control, message_sizes::graft()),
             Frame::Ping | Frame::Pong => (TrafficKind::Ping, message_sizes::ping()),
-            Frame::Request(_, question) => (TrafficKind::Exchange, message_sizes::of_question(question)),
+            Frame::Request(_, request) => (TrafficKind::Exchange, message_sizes::of_request(request)),
             Frame::Response(_, reply) => (TrafficKind::Exchange, message_sizes::of_reply(reply)),
             Frame::Closed => (TrafficKind::Connecting, message_sizes::ACK),
         }
     }
 
-    pub(super) fn send_request(&mut self, node: NodeNumber, ask: SyncRequestId, peer: PeerId, question: SyncRequest) {
-        let link = self.number(peer).and_then(|peer| self.nodes[node].agent.as_ref()?.connection_to(peer));
-        let life = self.nodes[node].generation;
+    pub(super) fn send_request(&mut self, node: NodeNumber, id: SyncRequestId, peer: PeerId, request: SyncRequest) {
+        let connection = self.number(peer).and_then(|peer| self.nodes[node].agent.as_ref()?.connection_to(peer));
+        let generation = self.nodes[node].generation;
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        agent.pending_requests.insert(ask, link);
-        let Some(link) = link else { return self.schedule(self.now, Event::TimedOut(node, life, ask)) };
-        self.schedule(self.now + micros(REQUEST_DEADLINE), Event::TimedOut(node, life, ask));
-        let side = self.connections[link as usize].side_of(node);
-        self.send(link, side, Frame::Request(ask, Rc::new(question)));
+        agent.pending_requests.insert(id, connection);
+        let Some(connection) = connection else {
+            return self.schedule(self.now, Event::TimedOut(node, generation, id));
+        };
+        self.schedule(self.now + micros(REQUEST_DEADLINE), Event::TimedOut(node, generation, id));
+        let side = self.connections[connection as usize].side_of(node);
+        self.send(connection, side, Frame::Request(id, Rc::new(request)));
     }
 
     fn reply(
         &mut self,
-        link: MeshConnectionId,
+        connection: MeshConnectionId,
         side: usize,
         node: NodeNumber,
         from: PeerId,
-        ask: SyncRequestId,
-        question: &SyncRequest,
+        id: SyncRequestId,
+        request: &SyncRequest,
     ) {
-        let question = question.clone();
-        let mut reply = self.with_protocol(node, |protocol, table, now| protocol.answer(from, question, table, now));
+        let request = request.clone();
+        let mut reply =
+            self.with_protocol(node, |protocol, inventory, now| protocol.answer(from, request, inventory, now));
         if self.nodes[node].is_liar {
             reply = reply.map(|reply| self.falsify(reply));
         }
         if let Some(reply) = reply {
-            self.send(link, side, Frame::Response(ask, Rc::new(reply)));
+            self.send(connection, side, Frame::Response(id, Rc::new(reply)));
         }
     }
 
-    fn receive_response(&mut self, node: NodeNumber, ask: SyncRequestId, reply: &SyncReply) {
-        let waits = self.nodes[node].agent.as_mut().and_then(|agent| agent.pending_requests.remove(&ask));
+    fn receive_response(&mut self, node: NodeNumber, id: SyncRequestId, reply: &SyncReply) {
+        let waits = self.nodes[node].agent.as_mut().and_then(|agent| agent.pending_requests.remove(&id));
         if waits.is_some() {
-            self.with_protocol(node, |protocol, table, now| protocol.receive_reply(ask, reply.clone(), table, now));
+            self.with_protocol(node, |protocol, inventory, now| {
+                protocol.receive_reply(id, reply.clone(), inventory, now)
+            });
         }
     }
 
-    pub(super) fn time_out(&mut self, node: NodeNumber, ask: SyncRequestId) {
+    pub(super) fn time_out(&mut self, node: NodeNumber, id: SyncRequestId) {
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        if agent.pending_requests.remove(&ask).is_some() {
-            self.with_protocol(node, |protocol, _, now| protocol.record_request_failure(ask, now));
+        if agent.pending_requests.remove(&id).is_some() {
+            self.with_protocol(node, |protocol, _, now| protocol.record_request_failure(id, now));
         }
     }
 
     /// Closes the connection from the side of `node`.
-    pub(super) fn close(&mut self, link: MeshConnectionId, node: NodeNumber) {
-        let side = self.connections[link as usize].side_of(node);
-        self.send(link, side, Frame::Closed);
-        self.end_side(link, side);
+    pub(super) fn close(&mut self, connection: MeshConnectionId, node: NodeNumber) {
+        let side = self.connections[connection as usize].side_of(node);
+        self.send(connection, side, Frame::Closed);
+        self.end_side(connection, side);
     }
 
     /// Ends the connection for one side.
-    pub(super) fn end_side(&mut self, link: MeshConnectionId, side: usize) {
-        if !std::mem::take(&mut self.connections[link as usize].open[side]) {
+    pub(super) fn end_side(&mut self, connection: MeshConnectionId, side: usize) {
+        if !std::mem::take(&mut self.connections[connection as usize].open[side]) {
             return;
         }
-        let (node, _) = self.connections[link as usize].end(side);
-        let (other, _) = self.connections[link as usize].end(1 - side);
+        let (node, _) = self.connections[connection as usize].end(side);
+        let (other, _) = self.connections[connection as usize].end(1 - side);
         let peer = self.nodes[other].peer.id;
         let Some(agent) = &mut self.nodes[node].agent else { return };
-        if let Some(links) = agent.neighbors.get_mut(&other) {
-            links.retain(|open| *open != link);
-            if links.is_empty() {
+        if let Some(connections) = agent.neighbors.get_mut(&other) {
+            connections.retain(|open| *open != connection);
+            if connections.is_empty() {
                 agent.neighbors.remove(&other);
                 agent.router.remove_peer(other);
             }
         }
-        let asks: Vec<_> =
-            agent.pending_requests.iter().filter(|(_, over)| **over == Some(link)).map(|(ask, _)| *ask).collect();
-        self.with_protocol(node, |protocol, _, now| protocol.connection_closed(link, peer, now));
-        for ask in asks {
-            self.time_out(node, ask);
+        let ids: Vec<_> =
+            agent.pending_requests.iter().filter(|(_, used)| **used == Some(connection)).map(|(id, _)| *id).collect();
+        self.with_protocol(node, |protocol, _, now| protocol.connection_closed(connection, peer, now));
+        for id in ids {
+            self.time_out(node, id);
         }
     }
 }

@@ -36,13 +36,13 @@ impl Mesh {
     }
 
     fn full_inventory(&self) -> Inventory {
-        let mut table = Inventory::default();
+        let mut inventory = Inventory::default();
         for node in &self.nodes {
-            table.up(node.peer.clone());
+            inventory.up(node.peer.clone());
             let items: Vec<InventoryItem> = node.items.iter().map(|item| self.catalogue.item(*item).clone()).collect();
-            assert_eq!(table.replace(node.peer.id, items), 0, "every node's content fits into the inventory");
+            assert_eq!(inventory.replace(node.peer.id, items), 0, "every node's content fits into the inventory");
         }
-        table
+        inventory
     }
 
     fn preload_members(&mut self, node: NodeNumber, everything: &Inventory) {

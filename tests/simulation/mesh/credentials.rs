@@ -19,16 +19,16 @@ pub(crate) fn credential(peer: PeerId, at: u64) -> Credential {
     Credential::new(format!("{at} {:016x}", hash(peer, &at.to_be_bytes())))
 }
 
-fn hash(by: PeerId, message: &[u8]) -> u64 {
+fn hash(signer: PeerId, message: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    by.hash(&mut hasher);
+    signer.hash(&mut hasher);
     message.hash(&mut hasher);
     hasher.finish()
 }
 
-fn signature(by: PeerId, message: &[u8]) -> Signature {
+fn signature(signer: PeerId, message: &[u8]) -> Signature {
     let mut bytes = [0; 64];
-    bytes[..8].copy_from_slice(&hash(by, message).to_le_bytes());
+    bytes[..8].copy_from_slice(&hash(signer, message).to_le_bytes());
     Signature::from(bytes)
 }
 
@@ -37,15 +37,19 @@ impl CredentialVerifier for SimulatedKey {
         signature(self.0, message)
     }
 
-    fn is_signed(&self, by: PeerId, message: &[u8], given: &Signature) -> bool {
-        *given == signature(by, message)
+    fn is_signed(&self, signer: PeerId, message: &[u8], given: &Signature) -> bool {
+        *given == signature(signer, message)
     }
 
-    fn verify_credential(&self, peer: PeerId, shown: &Credential) -> Result<VerifiedCredential, CredentialRejection> {
-        let (at, _) = shown.expose().split_once(' ').ok_or(CredentialRejection::Rejected)?;
+    fn verify_credential(
+        &self,
+        peer: PeerId,
+        presented: &Credential,
+    ) -> Result<VerifiedCredential, CredentialRejection> {
+        let (at, _) = presented.expose().split_once(' ').ok_or(CredentialRejection::Rejected)?;
         let at = at.parse().map_err(|_| CredentialRejection::Rejected)?;
-        if *shown == credential(peer, at) {
-            Ok(VerifiedCredential { node: None, pod: None, life: TOKEN_LIFETIME })
+        if *presented == credential(peer, at) {
+            Ok(VerifiedCredential { node: None, pod: None, lifetime: TOKEN_LIFETIME })
         } else {
             Err(CredentialRejection::Rejected)
         }

@@ -17,19 +17,19 @@ use super::node::{Traffic, TrafficKind};
 
 impl Mesh {
     /// Changes a node's content, and announces the change.
-    pub(crate) fn change(&mut self, node: NodeNumber, come: &[ItemNumber], gone: &[ItemNumber]) {
-        let held = &mut self.nodes[node].items;
-        held.extend(come);
-        held.retain(|item| !gone.contains(item));
-        self.nodes[node].past_items.extend(come);
-        self.announce(node, come, gone);
+    pub(crate) fn change(&mut self, node: NodeNumber, added: &[ItemNumber], removed: &[ItemNumber]) {
+        let items = &mut self.nodes[node].items;
+        items.extend(added);
+        items.retain(|item| !removed.contains(item));
+        self.nodes[node].past_items.extend(added);
+        self.announce(node, added, removed);
     }
 
-    pub(super) fn announce(&mut self, node: NodeNumber, come: &[ItemNumber], gone: &[ItemNumber]) {
+    pub(super) fn announce(&mut self, node: NodeNumber, added: &[ItemNumber], removed: &[ItemNumber]) {
         let item = |number: &ItemNumber| self.catalogue.item(*number).clone();
-        let come = come.iter().map(item).map(InventoryChange::Added);
-        let gone = gone.iter().map(item).map(InventoryChange::Removed);
-        let changes = come.chain(gone).collect();
+        let added = added.iter().map(item).map(InventoryChange::Added);
+        let removed = removed.iter().map(item).map(InventoryChange::Removed);
+        let changes = added.chain(removed).collect();
         let left_out = self.with_protocol(node, |protocol, _, _| protocol.announce(changes));
         assert!(left_out.is_none_or(|count| count == 0), "node {node} has more content than it may announce");
     }
@@ -50,17 +50,17 @@ impl Mesh {
     ///
     /// `from` is the position of the last mismatch. The check continues there, which makes repeated
     /// checks cheap.
-    fn counts_match(&self, observer: NodeNumber, from: &mut NodeNumber, of: &[NodeNumber]) -> bool {
+    fn counts_match(&self, observer: NodeNumber, from: &mut NodeNumber, others: &[NodeNumber]) -> bool {
         let Some(agent) = &self.nodes[observer].agent else { return true };
         let matches = |other: NodeNumber| {
             let node = &self.nodes[other];
             let expected = if node.agent.is_some() { node.items.len() } else { 0 };
             other == observer || agent.inventory.items_of(node.peer.id) == expected
         };
-        for step in 0..of.len() {
-            let place = (*from + step) % of.len();
-            if !matches(of[place]) {
-                *from = place;
+        for step in 0..others.len() {
+            let position = (*from + step) % others.len();
+            if !matches(others[position]) {
+                *from = position;
                 return false;
             }
         }
@@ -168,9 +168,9 @@ impl Mesh {
             let Some(agent) = &self.nodes[observer].agent else { continue };
             for item in 0..self.catalogue.items() {
                 for peer in providers_in(&agent.inventory, self.catalogue.item(item)) {
-                    let holder = self.number(peer).expect("a node of the simulation");
-                    let had = !honest.contains(&holder) || self.nodes[holder].past_items.contains(&item);
-                    assert!(had, "node {observer} has node {holder} as provider of {:?}", self.catalogue.item(item));
+                    let provider = self.number(peer).expect("a node of the simulation");
+                    let had = !honest.contains(&provider) || self.nodes[provider].past_items.contains(&item);
+                    assert!(had, "node {observer} has node {provider} as provider of {:?}", self.catalogue.item(item));
                 }
             }
         }
@@ -183,16 +183,16 @@ impl Mesh {
 
     /// Changes a reply so that the reply still decodes and is wrong.
     pub(super) fn falsify(&mut self, reply: SyncReply) -> SyncReply {
-        let nonsense = || InventoryItem::Blob(Digest::of(b"nobody has this"));
+        let invented = || InventoryItem::Blob(Digest::of(b"nobody has this"));
         match reply {
             SyncReply::Entries(mut entries) => {
-                entries.iter_mut().for_each(|entry| entry.changes.push(InventoryChange::Added(nonsense())));
+                entries.iter_mut().for_each(|entry| entry.changes.push(InventoryChange::Added(invented())));
                 SyncReply::Entries(entries)
             }
             SyncReply::Snapshot(InventorySnapshot { heads, mut items }) => {
                 let mut all = Bits::default();
                 (0..heads.len()).for_each(|head| all.set(head));
-                items.push((nonsense(), all));
+                items.push((invented(), all));
                 items.sort_by(|one, other| one.0.cmp(&other.0));
                 SyncReply::Snapshot(InventorySnapshot { heads, items })
             }
@@ -200,9 +200,9 @@ impl Mesh {
                 introductions.iter_mut().for_each(|one| one.profile.version += 1);
                 SyncReply::Introductions(introductions, refutations)
             }
-            SyncReply::Summaries(mut marks) => {
-                marks.iter_mut().for_each(|mark| mark.sequence += 3);
-                SyncReply::Summaries(marks)
+            SyncReply::Summaries(mut summaries) => {
+                summaries.iter_mut().for_each(|summary| summary.sequence += 3);
+                SyncReply::Summaries(summaries)
             }
             SyncReply::Busy => SyncReply::Busy,
         }
@@ -210,14 +210,16 @@ impl Mesh {
 }
 
 /// The providers of an item in an inventory.
-fn providers_in(table: &Inventory, item: &InventoryItem) -> BTreeSet<PeerId> {
+fn providers_in(inventory: &Inventory, item: &InventoryItem) -> BTreeSet<PeerId> {
     match item {
-        InventoryItem::Blob(digest) => table.blob_providers(*digest).into_iter().collect(),
-        InventoryItem::Image(repository, Some(tag), root) => {
-            table.tag(repository, tag).remove(root).unwrap_or_default().into_iter().collect()
+        InventoryItem::Blob(digest) => inventory.blob_providers(*digest).into_iter().collect(),
+        InventoryItem::Image(repository, Some(tag), digest) => {
+            inventory.tag(repository, tag).remove(digest).unwrap_or_default().into_iter().collect()
         }
-        InventoryItem::Image(repository, None, root) => table.image_providers(repository, *root).into_iter().collect(),
-        InventoryItem::Fetching(digest) => table.partial_providers(*digest).into_iter().collect(),
+        InventoryItem::Image(repository, None, digest) => {
+            inventory.image_providers(repository, *digest).into_iter().collect()
+        }
+        InventoryItem::Fetching(digest) => inventory.partial_providers(*digest).into_iter().collect(),
         InventoryItem::Outage(_) => BTreeSet::new(),
     }
 }

@@ -103,8 +103,9 @@ impl Router {
         }
         self.seen[0].insert(message);
         self.gossip_promises.remove(&message);
-        let told = if large { self.mesh.iter().copied().filter(|peer| *peer != from).collect() } else { Vec::new() };
-        Some(told.into_iter().map(|peer| (peer, Frame::IDontWant(message))).collect())
+        let recipients =
+            if large { self.mesh.iter().copied().filter(|peer| *peer != from).collect() } else { Vec::new() };
+        Some(recipients.into_iter().map(|peer| (peer, Frame::IDontWant(message))).collect())
     }
 
     /// Forwards an accepted message.
@@ -144,8 +145,8 @@ impl Router {
 
     /// Handles IWANT: sends the messages that are still kept.
     pub(crate) fn handle_iwant(&self, peer: NodeNumber, messages: &[MessageNumber]) -> OutgoingFrames {
-        let kept = |id: &MessageNumber| self.history.iter().any(|window| window.contains(id));
-        let wanted = |id: &MessageNumber| kept(id) && !self.dont_send.contains_key(&(peer, *id));
+        let is_cached = |id: &MessageNumber| self.history.iter().any(|window| window.contains(id));
+        let wanted = |id: &MessageNumber| is_cached(id) && !self.dont_send.contains_key(&(peer, *id));
         messages.iter().copied().filter(wanted).map(|id| (peer, Frame::Message(id))).collect()
     }
 
@@ -237,9 +238,13 @@ impl Router {
         }
         let others: Vec<_> = self.peers.keys().filter(|peer| !self.mesh.contains(peer)).copied().collect();
         let count = GOSSIP_LAZY.max((GOSSIP_FACTOR * others.len() as f64) as usize);
-        let told: std::rc::Rc<[_]> = recent.into();
+        let announced: std::rc::Rc<[_]> = recent.into();
         sending.extend(
-            others.into_iter().choose_multiple(rng, count).into_iter().map(|peer| (peer, Frame::IHave(told.clone()))),
+            others
+                .into_iter()
+                .choose_multiple(rng, count)
+                .into_iter()
+                .map(|peer| (peer, Frame::IHave(announced.clone()))),
         );
     }
 }

@@ -120,13 +120,13 @@ pub(crate) fn message_id(message: &Gossip) -> Digest {
 }
 
 /// Bytes of a request on the link.
-pub(crate) fn of_question(question: &SyncRequest) -> usize {
-    flushed(encoded(question)) + STREAM_OVERHEAD
+pub(crate) fn of_request(request: &SyncRequest) -> usize {
+    flushed(encoded(request)) + STREAM_OVERHEAD
 }
 
 /// Bytes of a reply on the link.
 pub(crate) fn of_reply(reply: &SyncReply) -> usize {
-    let tokens = if let SyncReply::Introductions(them, _) = reply { TOKEN * them.len() } else { 0 };
+    let tokens = if let SyncReply::Introductions(introductions, _) = reply { TOKEN * introductions.len() } else { 0 };
     flushed(encoded(reply) + tokens) + STREAM_OVERHEAD
 }
 

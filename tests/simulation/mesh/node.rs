@@ -106,7 +106,7 @@ impl Traffic {
 
 impl SimulatedNode {
     /// A node without a running agent.
-    pub(crate) fn new(number: NodeNumber, held: BTreeSet<ItemNumber>) -> Self {
+    pub(crate) fn new(number: NodeNumber, items: BTreeSet<ItemNumber>) -> Self {
         let [_, high, middle, low] = u32::try_from(number).expect("fewer nodes than 2^32").to_be_bytes();
         let zone = number % ZONES;
         let address = |port| SocketAddr::new(Ipv4Addr::new(10, high, middle, low).into(), port);
@@ -122,8 +122,8 @@ impl SimulatedNode {
             zone,
             generation: 0,
             agent: None,
-            past_items: held.clone(),
-            items: held,
+            past_items: items.clone(),
+            items,
             starved_until: 0,
             partition: 0,
             is_link_down: false,
@@ -139,7 +139,7 @@ impl SimulatedNode {
     /// larger epoch.
     pub(crate) fn start(&mut self, now: Micros, instant: Instant, seed: u64) {
         self.generation += 1;
-        let own = LocalAgent {
+        let local = LocalAgent {
             peer: self.peer.id,
             // Epochs are in microseconds since 1970.
             epoch: 1_700_000_000_000_000 + now,
@@ -147,7 +147,7 @@ impl SimulatedNode {
             release: "0.1.0".parse().expect("a release"),
         };
         self.agent = Some(SimulatedAgent {
-            protocol: Protocol::new(own, SimulatedKey(self.peer.id), seed, instant),
+            protocol: Protocol::new(local, SimulatedKey(self.peer.id), seed, instant),
             inventory: Inventory::default(),
             router: Router::default(),
             admitted: BTreeSet::new(),

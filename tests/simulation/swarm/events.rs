@@ -9,7 +9,7 @@ use lighterman::model::{PieceMapUpdate, PieceRequest};
 use rand::Rng;
 
 use super::network::{SentChunk, StreamId};
-use super::node::{NodeBehaviour, SwarmNode};
+use super::node::{NodeBehavior, SwarmNode};
 use super::simulation::{Event, SwarmSimulation};
 
 /// Batching interval of piece announcements to followers, in microseconds.
@@ -27,11 +27,13 @@ impl SwarmSimulation {
                     self.drive(node);
                 }
             }
-            Event::Request { from, to, request, order } => self.handle_request(from, to, request, order),
+            Event::Request { from, to, request, piece_request } => {
+                self.handle_request(from, to, request, piece_request)
+            }
             Event::Ended { to, request, end } => {
                 if self.nodes[to].in_flight.remove(&request).is_some() {
                     let now = self.instant();
-                    self.nodes[to].pool.end_request(request, end, now);
+                    self.nodes[to].picker.end_request(request, end, now);
                     self.drive(to);
                 }
             }
@@ -40,7 +42,7 @@ impl SwarmSimulation {
             Event::PieceMapUpdate { from, to, update } => {
                 if self.nodes[to].done_at.is_none() && self.nodes[to].is_alive {
                     let (peer, digest, now) = (self.nodes[from].peer, self.digest, self.instant());
-                    self.nodes[to].pool.record_piece_map(peer, digest, &update, now);
+                    self.nodes[to].picker.record_piece_map(peer, digest, &update, now);
                     self.drive(to);
                 }
             }
@@ -69,37 +71,37 @@ impl SwarmSimulation {
     /// Executes the pending actions of a node's piece picker.
     pub(super) fn drive(&mut self, node: usize) {
         let this = &self.nodes[node];
-        if !this.is_alive || node == 0 || this.behaviour == NodeBehaviour::Liar {
+        if !this.is_alive || node == 0 || this.behavior == NodeBehavior::Liar {
             return;
         }
         let now = self.instant();
         if this.zone.is_some() && this.done_at.is_none() {
             let this = &mut self.nodes[node];
-            let may = this.zone_leader.update_is_leading(now);
-            this.pool.set_cross_zone(may);
+            let is_leading = this.zone_leader.update_is_leading(now);
+            this.picker.set_cross_zone(is_leading);
             self.claim_if_due(node);
         }
-        for change in self.nodes[node].pool.take_follow_changes(now) {
+        for change in self.nodes[node].picker.take_follow_changes(now) {
             let (FollowChange::Follow { peer, .. } | FollowChange::Unfollow { peer, .. }) = change;
             let (to, begins) = (self.numbers[&peer], matches!(change, FollowChange::Follow { .. }));
             self.after(self.latency(node, to), Event::Follow { from: node, to, begins });
         }
-        while let Some(request) = self.nodes[node].pool.next_request(now) {
+        while let Some(request) = self.nodes[node].picker.next_request(now) {
             let to = self.numbers[&request.request.peer];
             self.nodes[node].in_flight.insert(request.id, (to, 0));
             self.after(
                 self.latency(node, to),
-                Event::Request { from: node, to, request: request.id, order: request.request },
+                Event::Request { from: node, to, request: request.id, piece_request: request.request },
             );
         }
-        for request in self.nodes[node].pool.take_cancellations() {
-            if let Some((at, came)) = self.nodes[node].in_flight.remove(&request) {
-                self.nodes[node].wasted += came;
+        for request in self.nodes[node].picker.take_cancellations() {
+            if let Some((at, received)) = self.nodes[node].in_flight.remove(&request) {
+                self.nodes[node].wasted += received;
                 self.after(self.latency(node, at), Event::Cancelled { from: node, at, request });
             }
         }
         let this = &self.nodes[node];
-        let wakes = [this.pool.wake_at(), this.zone_leader.wake_at(), this.zone_leader.claim_due()];
+        let wakes = [this.picker.wake_at(), this.zone_leader.wake_at(), this.zone_leader.claim_due()];
         let wakes = wakes.into_iter().take(if this.zone.is_some() { 3 } else { 1 });
         let wake = wakes.flatten().map(|at| self.micros(at)).filter(|at| *at > self.now).min();
         if let Some(wake) = wake.filter(|wake| *wake < this.wake_at && this.done_at.is_none()) {
@@ -108,15 +110,15 @@ impl SwarmSimulation {
         }
     }
 
-    fn handle_request(&mut self, from: usize, to: usize, request: PieceRequestId, order: PieceRequest) {
+    fn handle_request(&mut self, from: usize, to: usize, request: PieceRequestId, piece_request: PieceRequest) {
         if !self.nodes[to].is_alive {
             return;
         }
-        let (client, pieces) = (self.nodes[from].peer, self.cut.piece_count());
+        let (client, pieces) = (self.nodes[from].peer, self.layout.piece_count());
         let this = &mut self.nodes[to];
-        match this.slots.enqueue(client, order.digest, pieces) {
+        match this.slots.enqueue(client, piece_request.digest, pieces) {
             Ok(ticket) => {
-                this.queued_requests.insert(ticket, (from, request, order));
+                this.queued_requests.insert(ticket, (from, request, piece_request));
                 this.served_requests.insert((from, request), (ticket, None));
                 self.serve(to);
             }
@@ -126,8 +128,10 @@ impl SwarmSimulation {
 
     fn serve(&mut self, node: usize) {
         while let Some(ticket) = self.nodes[node].slots.start_next() {
-            let Some((client, request, order)) = self.nodes[node].queued_requests.remove(&ticket) else { continue };
-            let stream = self.network.open(node, client, request, ticket, order.pieces, order.limit);
+            let Some((client, request, piece_request)) = self.nodes[node].queued_requests.remove(&ticket) else {
+                continue;
+            };
+            let stream = self.network.open(node, client, request, ticket, piece_request.pieces, piece_request.limit);
             self.nodes[node].served_requests.insert((client, request), (ticket, Some(stream)));
             self.begin_piece(node, stream);
         }
@@ -137,23 +141,23 @@ impl SwarmSimulation {
     /// Chooses the next piece of a response, or ends the response.
     fn begin_piece(&mut self, node: usize, id: StreamId) {
         let stream = self.network.stream(id);
-        let (digest, choice, left) = (self.digest, stream.allowed_pieces.clone(), stream.pieces_left);
+        let (digest, allowed_pieces, left) = (self.digest, stream.allowed_pieces.clone(), stream.pieces_left);
         let this = &mut self.nodes[node];
         let piece = if left == 0 {
             None
         } else {
-            let SwarmNode { sent, pieces: held, behaviour: kind, .. } = this;
-            let has = |piece: u32| *kind == NodeBehaviour::Liar || held.get(piece as usize);
-            sent.choose(digest, &choice, 1, has).first().copied()
+            let SwarmNode { sent, pieces, behavior: behavior, .. } = this;
+            let has = |piece: u32| *behavior == NodeBehavior::Liar || pieces.get(piece as usize);
+            sent.choose(digest, &allowed_pieces, 1, has).first().copied()
         };
-        let length = piece.map_or(0, |piece| self.cut.piece_length(piece as usize));
+        let length = piece.map_or(0, |piece| self.layout.piece_length(piece as usize));
         let stream = self.network.stream(id);
         let (to, request, ticket) = (stream.to, stream.request, stream.ticket);
         match piece {
             Some(piece) => {
                 stream.allowed_pieces.retain(|one| *one != piece);
                 (stream.piece, stream.unsent, stream.pieces_left) = (piece, length, left - 1);
-                if self.nodes[node].behaviour == NodeBehaviour::Drips {
+                if self.nodes[node].behavior == NodeBehavior::Drips {
                     self.after(DRIP, Event::Drip { stream: id });
                 } else {
                     self.network.queue(id);
@@ -176,8 +180,8 @@ impl SwarmSimulation {
         }
         let (now, zones) = (self.now, &self.nodes);
         let latency = |one: usize, other: usize| if zones[one].zone == zones[other].zone { 500 } else { 2000 };
-        let Some(sending) = self.network.send(node, now, latency) else { return };
-        let SentChunk { stream: id, piece, bytes, sent_at, received_at } = sending;
+        let Some(chunk) = self.network.send(node, now, latency) else { return };
+        let SentChunk { stream: id, piece, bytes, sent_at, received_at } = chunk;
         let stream = self.network.stream(id);
         let (to, request, ticket, unsent) = (stream.to, stream.request, stream.ticket, stream.unsent);
         self.nodes[node].slots.record_sent(ticket, bytes);
@@ -195,30 +199,30 @@ impl SwarmSimulation {
 
     fn receive_chunk(&mut self, from: usize, to: usize, request: PieceRequestId, piece: u32, bytes: u64) {
         let now = self.instant();
-        let length = self.cut.piece_length(piece as usize);
+        let length = self.layout.piece_length(piece as usize);
         let this = &mut self.nodes[to];
-        let Some((_, came)) = this.in_flight.get_mut(&request).filter(|_| this.is_alive) else {
+        let Some((_, received)) = this.in_flight.get_mut(&request).filter(|_| this.is_alive) else {
             this.wasted += bytes;
             return;
         };
-        if *came == 0 {
-            this.pool.begin_piece(request, piece, now);
+        if *received == 0 {
+            this.picker.begin_piece(request, piece, now);
         }
-        *came += bytes;
-        this.pool.record_bytes(request, bytes, now);
-        if *came < length {
+        *received += bytes;
+        this.picker.record_bytes(request, bytes, now);
+        if *received < length {
             return;
         }
-        *came = 0;
-        this.pool.complete_piece(request, piece, now);
-        if self.nodes[from].behaviour == NodeBehaviour::Liar {
+        *received = 0;
+        this.picker.complete_piece(request, piece, now);
+        if self.nodes[from].behavior == NodeBehavior::Liar {
             let (liar, digest) = (self.nodes[from].peer, self.digest);
             let this = &mut self.nodes[to];
-            this.pool.discard_piece(digest, piece);
-            this.pool.exclude_peer(liar, now + Duration::from_secs(600));
+            this.picker.discard_piece(digest, piece);
+            this.picker.exclude_peer(liar, now + Duration::from_secs(600));
         } else {
             let (peer, digest) = (self.nodes[from].peer, self.digest);
-            self.nodes[to].pool.record_verified_piece(peer, digest);
+            self.nodes[to].picker.record_verified_piece(peer, digest);
             self.complete_piece(from, to, piece);
         }
         self.drive(to);
@@ -232,7 +236,7 @@ impl SwarmSimulation {
             this.zone_leader.record_zone_progress(now);
         }
         if this.pieces.get(piece as usize) {
-            this.wasted += self.cut.piece_length(piece as usize);
+            this.wasted += self.layout.piece_length(piece as usize);
             return;
         }
         this.pieces.set(piece as usize);
@@ -250,13 +254,13 @@ impl SwarmSimulation {
             self.after(ANNOUNCE_INTERVAL, Event::Flush { node: to });
         }
         self.useful_bytes.resize(self.useful_bytes.len().max(half + 1), 0);
-        self.useful_bytes[half] += self.cut.piece_length(piece as usize);
+        self.useful_bytes[half] += self.layout.piece_length(piece as usize);
     }
 
     fn announce_pieces(&mut self, node: usize) {
         let this = &mut self.nodes[node];
-        let news = std::mem::take(&mut this.unannounced);
-        let update = Rc::new(if this.missing == 0 { PieceMapUpdate::HaveAll } else { PieceMapUpdate::Have(news) });
+        let pieces = std::mem::take(&mut this.unannounced);
+        let update = Rc::new(if this.missing == 0 { PieceMapUpdate::HaveAll } else { PieceMapUpdate::Have(pieces) });
         for to in self.nodes[node].followers.clone() {
             self.after(self.latency(node, to), Event::PieceMapUpdate { from: node, to, update: update.clone() });
         }
@@ -296,7 +300,7 @@ impl SwarmSimulation {
             return;
         }
         let (peer, now) = (self.nodes[from].peer, self.instant());
-        self.nodes[to].pool.exclude_peer(peer, now + Duration::from_secs(600));
+        self.nodes[to].picker.exclude_peer(peer, now + Duration::from_secs(600));
         self.nodes[to].followers.remove(&from);
         self.update_providers(to);
         self.drive(to);

@@ -28,10 +28,10 @@ impl LeaseServer {
     /// Writes a Lease. False if another node wrote first; the attempt counts as a write too.
     pub(super) fn write(&mut self, zone: &Zone, node: usize, step: &LeaseStep, now: u64) -> bool {
         self.writes += 1;
-        let there = self.leases.get(zone).map(|(_, lease)| lease.version.clone());
+        let current = self.leases.get(zone).map(|(_, lease)| lease.version.clone());
         let fits = match step {
-            LeaseStep::Create => there.is_none(),
-            LeaseStep::Update(version) => there.as_ref() == Some(version),
+            LeaseStep::Create => current.is_none(),
+            LeaseStep::Update(version) => current.as_ref() == Some(version),
             LeaseStep::Skip => false,
         };
         if fits {

@@ -79,16 +79,16 @@ impl Network {
         to: usize,
         request: u64,
         ticket: u64,
-        choice: Vec<u32>,
-        left: u8,
+        allowed_pieces: Vec<u32>,
+        pieces_left: u8,
     ) -> StreamId {
         let stream = Stream {
             from,
             to,
             request,
             ticket,
-            allowed_pieces: choice,
-            pieces_left: left,
+            allowed_pieces,
+            pieces_left,
             piece: 0,
             unsent: 0,
             in_flight: 0,
@@ -148,9 +148,9 @@ impl Network {
             stream.in_flight += 1;
             let time = bytes * 1_000_000 / self.bandwidth;
             let (piece, to) = (stream.piece, stream.to);
-            let there = &mut self.links[to].received_at;
-            *there = (*there).max(now + latency(node, to)) + time;
-            let received_at = *there;
+            let link_free_at = &mut self.links[to].received_at;
+            *link_free_at = (*link_free_at).max(now + latency(node, to)) + time;
+            let received_at = *link_free_at;
             self.links[node].is_sending = true;
             self.queue(id);
             return Some(SentChunk { stream: id, piece, bytes, sent_at: now + time, received_at });

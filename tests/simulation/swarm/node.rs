@@ -15,7 +15,7 @@ const PER_NODE: usize = 16;
 
 /// A node's fault, if any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum NodeBehaviour {
+pub(super) enum NodeBehavior {
     Honest,
     /// Announces the whole blob, and sends wrong bytes.
     Liar,
@@ -26,11 +26,11 @@ pub(super) enum NodeBehaviour {
 pub(super) struct SwarmNode {
     pub(super) peer: PeerId,
     pub(super) zone: Option<Zone>,
-    pub(super) behaviour: NodeBehaviour,
+    pub(super) behavior: NodeBehavior,
     pub(super) is_alive: bool,
     pub(super) pieces: Bits,
     pub(super) missing: usize,
-    pub(super) pool: PiecePicker,
+    pub(super) picker: PiecePicker,
     pub(super) zone_leader: ZoneLeader,
     /// Requests in flight: the provider, and the received bytes of the current piece.
     pub(super) in_flight: BTreeMap<PieceRequestId, (usize, u64)>,
@@ -56,19 +56,19 @@ impl SwarmNode {
     pub(super) fn new(
         peer: PeerId,
         zone: Option<Zone>,
-        pool: PiecePicker,
-        crossing: ZoneLeader,
+        picker: PiecePicker,
+        zone_leader: ZoneLeader,
         pieces: usize,
     ) -> Self {
         Self {
             peer,
             zone,
-            behaviour: NodeBehaviour::Honest,
+            behavior: NodeBehavior::Honest,
             is_alive: true,
             pieces: Bits::none_of(pieces),
             missing: pieces,
-            pool,
-            zone_leader: crossing,
+            picker,
+            zone_leader,
             in_flight: BTreeMap::new(),
             wake_at: u64::MAX,
             followers: BTreeSet::new(),
@@ -86,6 +86,6 @@ impl SwarmNode {
     }
 
     pub(super) fn is_whole(&self) -> bool {
-        self.missing == 0 || self.behaviour == NodeBehaviour::Liar
+        self.missing == 0 || self.behavior == NodeBehavior::Liar
     }
 }

@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng};
 
 use super::lease_server::LeaseServer;
 use super::network::{Network, StreamId};
-use super::node::{NodeBehaviour, SwarmNode};
+use super::node::{NodeBehavior, SwarmNode};
 use crate::simulation::event_queue::EventQueue;
 
 /// The parameters of a simulation.
@@ -41,7 +41,7 @@ impl Setting {
 pub(super) enum Event {
     Gossip { node: usize, round: u64 },
     Wake { node: usize },
-    Request { from: usize, to: usize, request: PieceRequestId, order: PieceRequest },
+    Request { from: usize, to: usize, request: PieceRequestId, piece_request: PieceRequest },
     Ended { to: usize, request: PieceRequestId, end: lighterman::decide::piece_picker::RequestEnd },
     Cancelled { from: usize, at: usize, request: PieceRequestId },
     Follow { from: usize, to: usize, begins: bool },
@@ -57,7 +57,7 @@ pub(super) enum Event {
 pub(super) struct SwarmSimulation {
     pub(super) setting: Setting,
     pub(super) digest: Digest,
-    pub(super) cut: PieceLayout,
+    pub(super) layout: PieceLayout,
     pub(super) nodes: Vec<SwarmNode>,
     pub(super) network: Network,
     pub(super) server: LeaseServer,
@@ -77,24 +77,24 @@ const ROUND: u64 = 100_000;
 impl SwarmSimulation {
     pub(super) fn new(setting: Setting) -> Self {
         let digest = Digest::of(b"layer");
-        let cut = PieceLayout::for_size(setting.size);
+        let layout = PieceLayout::for_size(setting.size);
         let began = Instant::now();
         let node = |number: usize| {
             let zone: Option<Zone> =
                 (setting.zones > 0).then(|| format!("z{}", number % setting.zones).try_into().expect("a zone"));
             let peer = PeerId::from_public_key(*Digest::of(&number.to_le_bytes()).as_bytes());
-            let mut pool = PiecePicker::new(zone.clone(), setting.seed * 1_000_003 + number as u64);
-            pool.add_blob(digest, cut);
-            pool.mark_hash_chain_ready(digest);
+            let mut picker = PiecePicker::new(zone.clone(), setting.seed * 1_000_003 + number as u64);
+            picker.add_blob(digest, layout);
+            picker.mark_hash_chain_ready(digest);
             let claim = zone.as_ref().map_or(digest, |zone| zone_claim(digest, zone));
-            SwarmNode::new(peer, zone, pool, ZoneLeader::new(peer, claim, began), cut.piece_count())
+            SwarmNode::new(peer, zone, picker, ZoneLeader::new(peer, claim, began), layout.piece_count())
         };
         let mut nodes: Vec<_> = (0..setting.nodes).map(node).collect();
-        (0..cut.piece_count()).for_each(|piece| nodes[0].pieces.set(piece));
+        (0..layout.piece_count()).for_each(|piece| nodes[0].pieces.set(piece));
         (nodes[0].missing, nodes[0].done_at) = (0, Some(0));
-        let mut world = Self {
+        let mut swarm = Self {
             digest,
-            cut,
+            layout,
             numbers: nodes.iter().enumerate().map(|(number, node)| (node.peer, number)).collect(),
             nodes,
             network: Network::new(setting.nodes, setting.bandwidth),
@@ -107,10 +107,10 @@ impl SwarmSimulation {
             useful_bytes: Vec::new(),
             setting,
         };
-        for node in 1..world.nodes.len() {
-            world.after(0, Event::Gossip { node, round: 0 });
+        for node in 1..swarm.nodes.len() {
+            swarm.after(0, Event::Gossip { node, round: 0 });
         }
-        world
+        swarm
     }
 
     pub(super) fn after(&mut self, micros: u64, event: Event) {
@@ -132,9 +132,9 @@ impl SwarmSimulation {
     }
 
     /// Runs until the condition holds. False if it does not hold within this time.
-    pub(super) fn run_until(&mut self, seconds: f64, holds: impl Fn(&Self) -> bool) -> bool {
+    pub(super) fn run_until(&mut self, seconds: f64, condition: impl Fn(&Self) -> bool) -> bool {
         let until = self.now + (seconds * 1e6) as u64;
-        while !holds(self) {
+        while !condition(self) {
             let Some((at, event)) = self.events.next(until) else { return false };
             self.now = at;
             self.handle_event(event);
@@ -150,32 +150,36 @@ impl SwarmSimulation {
     /// Whether all live honest nodes have the whole blob.
     pub(super) fn is_done(&self) -> bool {
         let all = &self.nodes;
-        all.iter().all(|node| node.done_at.is_some() || !node.is_alive || node.behaviour == NodeBehaviour::Liar)
+        all.iter().all(|node| node.done_at.is_some() || !node.is_alive || node.behavior == NodeBehavior::Liar)
     }
 
     /// The provider list of a node at this moment.
     fn providers(&self, observer: usize) -> Vec<Provider> {
-        let [least, most] = self.setting.gossip;
-        let known = |other: &usize| {
+        let [min_delay, max_delay] = self.setting.gossip;
+        let is_known = |other: &usize| {
             let chance = (observer as u64 * 1_000_033 + *other as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-            let delay = least * 1000 + chance * 1000 % ((most - least).max(1) * 1000);
+            let delay = min_delay * 1000 + chance * 1000 % ((max_delay - min_delay).max(1) * 1000);
             *other != observer && self.nodes[*other].is_alive && (*other == 0 || delay <= self.now)
         };
         let candidate = |other: usize| {
             let node = &self.nodes[other];
             Provider { peer: node.peer, zone: node.zone.clone(), is_whole: other == 0, standing: 0 }
         };
-        (0..self.nodes.len()).filter(known).map(candidate).collect()
+        (0..self.nodes.len()).filter(is_known).map(candidate).collect()
     }
 
     pub(super) fn update_providers(&mut self, node: usize) {
-        let list = self.providers(node);
+        let providers = self.providers(node);
         let now = self.instant();
         let (digest, zone) = (self.digest, self.nodes[node].zone.clone());
-        let own: Vec<_> = list.iter().filter(|one| one.zone == zone && !one.is_whole).map(|one| one.peer).collect();
+        let own_zone: Vec<_> = providers
+            .iter()
+            .filter(|provider| provider.zone == zone && !provider.is_whole)
+            .map(|provider| provider.peer)
+            .collect();
         let this = &mut self.nodes[node];
-        this.pool.set_providers(digest, &list);
-        this.zone_leader.set_fetching(&own, now);
+        this.picker.set_providers(digest, &providers);
+        this.zone_leader.set_fetching(&own_zone, now);
     }
 
     pub(super) fn run_gossip_round(&mut self, node: usize, round: u64) {

@@ -64,35 +64,35 @@ impl ImageScanner {
         blobs: &[BlobInfo],
         records: &[ImageRecord],
     ) -> Result<ImageScan, StoreError> {
-        let there: HashSet<_> = blobs.iter().map(|blob| blob.digest).collect();
-        self.needs.retain(|digest, _| there.contains(digest));
+        let present: HashSet<_> = blobs.iter().map(|blob| blob.digest).collect();
+        self.needs.retain(|digest, _| present.contains(digest));
         self.digest_count = self.needs.values().map(digests_of).sum();
         let mut scan = ImageScan::default();
-        let mut lacking = HashSet::new();
-        for (root, ImageNames { has_record, names }) in named_images(blobs, records) {
-            self.read_tree(store, root, &there, &mut scan.damaged).await?;
-            match missing_content(root, |digest| self.needs.get(&digest), |digest| there.contains(&digest)) {
+        let mut incomplete = HashSet::new();
+        for (image_digest, ImageNames { has_record, names }) in named_images(blobs, records) {
+            self.read_tree(store, image_digest, &present, &mut scan.damaged).await?;
+            match missing_content(image_digest, |digest| self.needs.get(&digest), |digest| present.contains(&digest)) {
                 None => {
-                    let name = |(repository, tag)| InventoryItem::Image(repository, tag, root);
+                    let name = |(repository, tag)| InventoryItem::Image(repository, tag, image_digest);
                     scan.names.extend(names.into_iter().map(name));
                 }
                 // An artifact is not an incomplete image.
                 Some(MissingContent::NoImage) => {}
                 Some(lack) if has_record => {
-                    lacking.insert(root);
-                    if self.incomplete.get(&root).is_none_or(|(known, _)| *known != lack)
+                    incomplete.insert(image_digest);
+                    if self.incomplete.get(&image_digest).is_none_or(|(known, _)| *known != lack)
                         && let Some(reason) = reason(store, lack).await
                     {
                         let name = names.first().map(|(repository, _)| repository.to_string());
-                        tracing::info!(digest = %root, repository = name, %lack, reason, "an image is not announced");
-                        self.incomplete.insert(root, (lack, reason));
+                        tracing::info!(digest = %image_digest, repository = name, %lack, reason, "an image is not announced");
+                        self.incomplete.insert(image_digest, (lack, reason));
                     }
                 }
                 Some(_) => {}
             }
         }
-        scan.incomplete = lacking.len();
-        self.incomplete.retain(|root, _| lacking.contains(root));
+        scan.incomplete = incomplete.len();
+        self.incomplete.retain(|image_digest, _| incomplete.contains(image_digest));
         for (_, reason) in self.incomplete.values() {
             *scan.reasons.entry(reason.clone()).or_default() += 1;
         }
@@ -103,17 +103,17 @@ impl ImageScanner {
     async fn read_tree(
         &mut self,
         store: &dyn ContentStore,
-        root: Digest,
-        there: &HashSet<Digest>,
+        image_digest: Digest,
+        present: &HashSet<Digest>,
         damaged: &mut HashSet<Digest>,
     ) -> Result<(), StoreError> {
-        let mut level = BTreeSet::from([root]);
+        let mut level = BTreeSet::from([image_digest]);
         for _ in 0..=MAX_INDEX_DEPTH {
             let mut nested = BTreeSet::new();
             for document in level {
-                self.read_document(store, document, there, damaged).await?;
+                self.read_document(store, document, present, damaged).await?;
                 if let Some(DocumentNeeds::AnyManifest(children)) = self.needs.get(&document) {
-                    nested.extend(children.iter().filter(|child| there.contains(child)));
+                    nested.extend(children.iter().filter(|child| present.contains(child)));
                 }
             }
             level = nested;
@@ -125,10 +125,10 @@ impl ImageScanner {
         &mut self,
         store: &dyn ContentStore,
         digest: Digest,
-        there: &HashSet<Digest>,
+        present: &HashSet<Digest>,
         damaged: &mut HashSet<Digest>,
     ) -> Result<(), StoreError> {
-        if !there.contains(&digest) || self.needs.contains_key(&digest) || damaged.contains(&digest) {
+        if !present.contains(&digest) || self.needs.contains_key(&digest) || damaged.contains(&digest) {
             return Ok(());
         }
         match read_needs(store, digest).await? {
@@ -186,22 +186,24 @@ fn digests_of(needs: &DocumentNeeds) -> usize {
 /// Every index and manifest with an image record or a remembered source, with its names. Names that
 /// are not references are useless to other nodes: image IDs, and names that users chose.
 fn named_images(blobs: &[BlobInfo], records: &[ImageRecord]) -> BTreeMap<Digest, ImageNames> {
-    let mut roots: BTreeMap<Digest, ImageNames> = BTreeMap::new();
+    let mut images: BTreeMap<Digest, ImageNames> = BTreeMap::new();
     for record in records {
         let digest = record.target.digest;
-        let root = roots.entry(digest).or_default();
-        root.has_record = true;
+        let image = images.entry(digest).or_default();
+        image.has_record = true;
         match record.name.parse() {
-            Ok(Reference::Tag(repository, tag)) => root.names.insert((repository, Some(tag))),
-            Ok(Reference::Digest(repository, named)) if named == digest => root.names.insert((repository, None)),
+            Ok(Reference::Tag(repository, tag)) => image.names.insert((repository, Some(tag))),
+            Ok(Reference::Digest(repository, named_digest)) if named_digest == digest => {
+                image.names.insert((repository, None))
+            }
             _ => false,
         };
     }
     for blob in blobs.iter().filter(|blob| blob.has_children && !blob.sources.is_empty()) {
         let names = blob.sources.iter().map(|repository| (repository.clone(), None));
-        roots.entry(blob.digest).or_default().names.extend(names);
+        images.entry(blob.digest).or_default().names.extend(names);
     }
-    roots
+    images
 }
 
 /// Only an unreachable store is an error: one bad sector must not stop all announcements.

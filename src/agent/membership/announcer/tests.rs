@@ -19,8 +19,8 @@ const NAME: &str = "r.test/shop/checkout:v1";
 fn removed_items_are_withdrawn_and_only_new_items_are_announced() {
     let blob = |name: &str| InventoryItem::Blob(Digest::of(name.as_bytes()));
     let Ok(Reference::Tag(repository, tag)) = "r.test/a:1".parse() else { panic!("a tag") };
-    let root = Digest::of(b"root");
-    let name = InventoryItem::Image(repository, Some(tag), root);
+    let image_digest = Digest::of(b"root");
+    let name = InventoryItem::Image(repository, Some(tag), image_digest);
     let changes =
         changes_between(&[blob("old"), blob("same"), name.clone()].into(), &[blob("same"), blob("new")].into());
     let expected =
@@ -84,7 +84,7 @@ async fn an_image_that_is_whole_for_one_platform_is_announced_by_name() {
         Recipe { layers: layers.clone(), ..Recipe::default() },
         Recipe { layers: layers.clone(), index: true, attested: true, ..Recipe::default() },
         Recipe { layers: layers.clone(), nested: true, attested: true, ..Recipe::default() },
-        Recipe { layers, foreign: true, twice: true, docker: true, ..Recipe::default() },
+        Recipe { layers, foreign: true, duplicate_layer: true, docker: true, ..Recipe::default() },
         Recipe::default(),
     ] {
         let (store, _) = store_with_image(&recipe).await;
@@ -111,8 +111,8 @@ async fn an_image_that_lacks_a_blob_is_not_announced_by_name_and_is_counted() {
 #[tokio::test]
 async fn an_index_that_is_whole_only_for_another_platform_is_announced() {
     let (store, image) = store_with_image(&Recipe { layers: vec![30], ..Recipe::default() }).await;
-    let elsewhere = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
-    let entry = Descriptor { platform: Some(elsewhere), ..image.target };
+    let other_platform = Platform { architecture: "s390x".into(), os: "linux".into(), variant: None };
+    let entry = Descriptor { platform: Some(other_platform), ..image.target };
     let index = serde_json::json!({"schemaVersion": 2, "manifests": [entry]}).to_string();
     put_document(&store, "r.test/shop/checkout:other", index).await.unwrap();
     let (names, _) = announced(&store).await;
@@ -120,13 +120,13 @@ async fn an_index_that_is_whole_only_for_another_platform_is_announced() {
 }
 
 #[tokio::test]
-async fn a_remembered_source_names_an_image_too() {
+async fn a_recorded_source_names_an_image_too() {
     let (store, image) = store_with_image(&Recipe { layers: vec![30], index: true, ..Recipe::default() }).await;
     let from = |path: &str| Repository { registry: "r.test".into(), path: path.into() };
     let manifest = &image.blobs[0];
     for (blob, path) in [(manifest, "shop/checkout"), (&image.blobs[2], "shop/layers")] {
-        let remembered = BlobMetadata { source: Some(from(path)), children: Vec::new() };
-        store.add_metadata(blob.digest, &remembered).await.unwrap();
+        let metadata = BlobMetadata { source: Some(from(path)), children: Vec::new() };
+        store.add_metadata(blob.digest, &metadata).await.unwrap();
     }
     let by_digest = format!("r.test/shop/checkout@{}", manifest.digest);
     assert_eq!(announced(&store).await.0, [by_digest, NAME.to_owned()], "a layer is no image");
@@ -137,9 +137,9 @@ async fn a_name_with_another_digest_than_its_target_is_not_announced() {
     let (store, image) = store_with_image(&Recipe::default()).await;
     let name = format!("r.test/shop/checkout@{}", Digest::of(b"another"));
     store.put_image(&ImageRecord { name, target: image.target.clone() }).await.unwrap();
-    let right = format!("r.test/shop/checkout@{}", image.target.digest);
-    store.put_image(&ImageRecord { name: right.clone(), target: image.target }).await.unwrap();
-    assert_eq!(announced(&store).await.0, [right, NAME.to_owned()]);
+    let matching = format!("r.test/shop/checkout@{}", image.target.digest);
+    store.put_image(&ImageRecord { name: matching.clone(), target: image.target }).await.unwrap();
+    assert_eq!(announced(&store).await.0, [matching, NAME.to_owned()]);
 }
 
 #[tokio::test]
@@ -221,10 +221,10 @@ async fn a_silently_collected_blob_is_withdrawn_at_the_next_listing() {
         mesh::start(config, node, &identity, mesh::SharedInventory::default(), admission, Metrics::new()).await;
     let (mesh, task, _) = started.unwrap();
     let stop = CancellationToken::new();
-    let (news_in, _news) = mpsc::channel(1);
-    tokio::spawn(task.run(news_in, stop.clone()));
+    let (events_in, _events) = mpsc::channel(1);
+    tokio::spawn(task.run(events_in, stop.clone()));
     let fetching = watch::Sender::new(BTreeSet::new());
-    let advertiser = Announcer::new(
+    let announcer = Announcer::new(
         Arc::new(store.clone()),
         mesh.clone(),
         Metrics::new(),
@@ -237,7 +237,7 @@ async fn a_silently_collected_blob_is_withdrawn_at_the_next_listing() {
 
     // Paused only here: the mesh binds a port, which needs a running clock.
     tokio::time::pause();
-    tokio::spawn(advertiser.run(stop.clone()));
+    tokio::spawn(announcer.run(stop.clone()));
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(announced_count().await, 4, "a manifest, a configuration, a layer and a name");
     store.remove_blob(image.blobs.last().unwrap().digest);

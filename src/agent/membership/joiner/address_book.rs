@@ -100,9 +100,9 @@ impl AddressBook {
     }
 
     /// Replaces the live peers. Returns the path and the text of the file if the file changed.
-    pub(super) fn update(&mut self, alive: Vec<KnownPeer>) -> Option<(PathBuf, Vec<u8>)> {
+    pub(super) fn update(&mut self, live_peers: Vec<KnownPeer>) -> Option<(PathBuf, Vec<u8>)> {
         let now = now();
-        self.peers = select_peers(alive, std::mem::take(&mut self.peers), now, |peer| self.rank.hash_one(peer));
+        self.peers = select_peers(live_peers, std::mem::take(&mut self.peers), now, |peer| self.rank.hash_one(peer));
         if !is_worth_writing(&self.written, &self.peers) {
             return None;
         }
@@ -131,14 +131,14 @@ pub(super) fn write_file(path: &Path, text: &[u8]) -> bool {
 /// a zone does not lose all of them. Then come the remembered peers that were seen last, which
 /// matters when all peers are gone at once.
 fn select_peers(
-    alive: Vec<KnownPeer>,
-    remembered: Vec<KnownPeer>,
+    live_peers: Vec<KnownPeer>,
+    saved_peers: Vec<KnownPeer>,
     now: u64,
     rank: impl Fn(&PeerId) -> u64,
 ) -> Vec<KnownPeer> {
     let mut zones: BTreeMap<Option<Zone>, Vec<KnownPeer>> = BTreeMap::new();
-    let living: BTreeSet<_> = alive.iter().map(|peer| peer.peer_id).collect();
-    alive.into_iter().for_each(|peer| zones.entry(peer.zone.clone()).or_default().push(peer));
+    let live_ids: BTreeSet<_> = live_peers.iter().map(|peer| peer.peer_id).collect();
+    live_peers.into_iter().for_each(|peer| zones.entry(peer.zone.clone()).or_default().push(peer));
     let mut queues: VecDeque<VecDeque<_>> = zones
         .into_values()
         .map(|mut peers| {
@@ -146,32 +146,32 @@ fn select_peers(
             peers.into()
         })
         .collect();
-    let mut chosen = Vec::new();
-    while chosen.len() < MAX_PEERS
+    let mut selected = Vec::new();
+    while selected.len() < MAX_PEERS
         && let Some(mut zone) = queues.pop_front()
     {
         if let Some(peer) = zone.pop_front() {
-            chosen.push(peer);
+            selected.push(peer);
             queues.push_back(zone);
         }
     }
-    let mut gone: Vec<_> = remembered;
-    gone.retain(|peer| !living.contains(&peer.peer_id) && peer.is_fresh(now));
-    gone.sort_by_key(|peer| std::cmp::Reverse(peer.last_seen));
-    gone.truncate(MAX_PEERS - chosen.len());
-    chosen.extend(gone);
+    let mut dead_peers: Vec<_> = saved_peers;
+    dead_peers.retain(|peer| !live_ids.contains(&peer.peer_id) && peer.is_fresh(now));
+    dead_peers.sort_by_key(|peer| std::cmp::Reverse(peer.last_seen));
+    dead_peers.truncate(MAX_PEERS - selected.len());
+    selected.extend(dead_peers);
     // Sorted by name: a reader finds a node, and the order alone changes nothing.
-    chosen.sort_by(|a, b| (&a.node, a.peer_id).cmp(&(&b.node, b.peer_id)));
-    chosen
+    selected.sort_by(|a, b| (&a.node, a.peer_id).cmp(&(&b.node, b.peer_id)));
+    selected
 }
 
 fn is_worth_writing(written: &[KnownPeer], peers: &[KnownPeer]) -> bool {
-    let same = |(old, new): (&KnownPeer, &KnownPeer)| {
+    let is_same = |(old, new): (&KnownPeer, &KnownPeer)| {
         let last_seen = new.last_seen;
         KnownPeer { last_seen, ..old.clone() } == *new
             && last_seen.saturating_sub(old.last_seen) < REWRITE_AFTER.as_secs()
     };
-    written.len() != peers.len() || !written.iter().zip(peers).all(same)
+    written.len() != peers.len() || !written.iter().zip(peers).all(is_same)
 }
 
 fn read(path: &Path, now: u64) -> io::Result<Vec<KnownPeer>> {
@@ -188,13 +188,13 @@ fn decode(text: &[u8], now: u64) -> Result<Vec<KnownPeer>, String> {
     if peers.len() > MAX_PEERS {
         return Err(format!("the file has {} peers, more than {MAX_PEERS}", peers.len()));
     }
-    let mut known = BTreeMap::new();
+    let mut peers_by_id = BTreeMap::new();
     for mut peer in peers.into_iter().filter(|peer| peer.is_fresh(now)) {
         // The clock went back.
         peer.last_seen = peer.last_seen.min(now);
-        known.insert(peer.peer_id, peer);
+        peers_by_id.insert(peer.peer_id, peer);
     }
-    Ok(known.into_values().collect())
+    Ok(peers_by_id.into_values().collect())
 }
 
 /// Seconds since 1970.

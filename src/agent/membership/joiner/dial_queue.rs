@@ -55,9 +55,9 @@ impl DialQueue {
     /// Begins a round with these addresses of possible agents, in the order of their dials.
     pub(super) fn insert_hints(&mut self, addresses: impl IntoIterator<Item = SocketAddr>) {
         self.connected = 0;
-        let mut there: BTreeSet<_> = self.hints.iter().copied().collect();
+        let mut queued: BTreeSet<_> = self.hints.iter().copied().collect();
         for address in addresses {
-            if self.hints.len() < MAX_HINTS && there.insert(address) {
+            if self.hints.len() < MAX_HINTS && queued.insert(address) {
                 self.hints.push(address);
             }
         }
@@ -66,7 +66,7 @@ impl DialQueue {
     /// The next dial, which counts as in progress from here on.
     pub(super) fn start_next(&mut self) -> Option<DialTarget> {
         let is_free = |address: SocketAddr| self.dialing.iter().all(|other| other.address != address);
-        let target = if let Some(position) = self.requested.iter().position(|call| is_free(call.address)) {
+        let target = if let Some(position) = self.requested.iter().position(|target| is_free(target.address)) {
             self.requested.remove(position)
         } else {
             let position = self.hints.iter().position(|address| is_free(*address))?;
@@ -77,9 +77,9 @@ impl DialQueue {
     }
 
     /// Records the end of a dial, and whether a peer answered there.
-    pub(super) fn finish(&mut self, target: DialTarget, met: bool) {
+    pub(super) fn finish(&mut self, target: DialTarget, is_connected: bool) {
         self.dialing.retain(|other| *other != target);
-        if met && target.expected_peer.is_none() {
+        if is_connected && target.expected_peer.is_none() {
             self.connected += 1;
             if self.connected >= ENOUGH_PEERS {
                 self.hints.clear();
@@ -92,7 +92,7 @@ impl DialQueue {
 mod tests {
     use super::*;
 
-    fn at(last: u16) -> SocketAddr {
+    fn address(last: u16) -> SocketAddr {
         SocketAddr::from(([10, 0, (last >> 8) as u8, last as u8], 4701))
     }
 
@@ -101,31 +101,31 @@ mod tests {
     }
 
     fn hinted(last: u16) -> DialTarget {
-        DialTarget { address: at(last), expected_peer: None }
+        DialTarget { address: address(last), expected_peer: None }
     }
 
     #[test]
     fn a_requested_peer_is_dialed_before_hinted_addresses() {
         let mut queue = DialQueue::default();
-        queue.insert_hints([at(1), at(2)]);
-        assert!(queue.insert_requested(peer(9), at(9)));
-        let order: Vec<_> = std::iter::from_fn(|| queue.start_next()).collect();
-        assert_eq!(order, [DialTarget { address: at(9), expected_peer: Some(peer(9)) }, hinted(1), hinted(2)]);
+        queue.insert_hints([address(1), address(2)]);
+        assert!(queue.insert_requested(peer(9), address(9)));
+        let dialed: Vec<_> = std::iter::from_fn(|| queue.start_next()).collect();
+        assert_eq!(dialed, [DialTarget { address: address(9), expected_peer: Some(peer(9)) }, hinted(1), hinted(2)]);
     }
 
     #[test]
     fn no_address_and_no_peer_is_dialed_twice_at_once() {
         let mut queue = DialQueue::default();
-        queue.insert_hints([at(1), at(1)]);
-        queue.insert_hints([at(1)]);
+        queue.insert_hints([address(1), address(1)]);
+        queue.insert_hints([address(1)]);
         assert_eq!(queue.start_next(), Some(hinted(1)));
-        queue.insert_hints([at(1)]);
-        assert!(queue.insert_requested(peer(1), at(1)));
+        queue.insert_hints([address(1)]);
+        assert!(queue.insert_requested(peer(1), address(1)));
         assert_eq!(queue.start_next(), None, "the address is being dialed");
         queue.finish(hinted(1), true);
-        let requested = DialTarget { address: at(1), expected_peer: Some(peer(1)) };
+        let requested = DialTarget { address: address(1), expected_peer: Some(peer(1)) };
         assert_eq!(queue.start_next(), Some(requested));
-        assert!(queue.insert_requested(peer(1), at(2)), "the peer is being dialed at another address");
+        assert!(queue.insert_requested(peer(1), address(2)), "the peer is being dialed at another address");
         assert_eq!(queue.start_next(), None);
         queue.finish(requested, false);
         assert_eq!(queue.start_next(), Some(hinted(1)));
@@ -134,15 +134,15 @@ mod tests {
     #[test]
     fn a_queued_peer_that_moved_is_dialed_at_its_new_address() {
         let mut queue = DialQueue::default();
-        assert!(queue.insert_requested(peer(1), at(1)) && queue.insert_requested(peer(1), at(2)));
-        assert_eq!(queue.start_next(), Some(DialTarget { address: at(2), expected_peer: Some(peer(1)) }));
+        assert!(queue.insert_requested(peer(1), address(1)) && queue.insert_requested(peer(1), address(2)));
+        assert_eq!(queue.start_next(), Some(DialTarget { address: address(2), expected_peer: Some(peer(1)) }));
         assert_eq!(queue.start_next(), None);
     }
 
     #[test]
     fn a_round_ends_when_enough_peers_are_connected() {
         let mut queue = DialQueue::default();
-        queue.insert_hints((0..100).map(at));
+        queue.insert_hints((0..100).map(address));
         for number in 0..ENOUGH_PEERS as u16 {
             let absent = queue.start_next().unwrap();
             queue.finish(absent, false);
@@ -151,20 +151,20 @@ mod tests {
             queue.finish(target, true);
         }
         assert_eq!(queue.start_next(), None);
-        queue.insert_hints([at(200)]);
+        queue.insert_hints([address(200)]);
         assert_eq!(queue.start_next(), Some(hinted(200)), "a new round starts");
     }
 
     #[test]
     fn the_dial_queue_is_bounded() {
         let mut queue = DialQueue::default();
-        queue.insert_hints((0..3000).map(at));
+        queue.insert_hints((0..3000).map(address));
         for number in 0..MAX_REQUESTED {
             let mut key = [7; 32];
             key[..2].copy_from_slice(&(number as u16).to_le_bytes());
-            assert!(queue.insert_requested(PeerId::from_public_key(key), at(5000 + number as u16)));
+            assert!(queue.insert_requested(PeerId::from_public_key(key), address(5000 + number as u16)));
         }
-        assert!(!queue.insert_requested(peer(1), at(1)));
+        assert!(!queue.insert_requested(peer(1), address(1)));
         assert_eq!(std::iter::from_fn(|| queue.start_next()).count(), MAX_REQUESTED + MAX_HINTS);
     }
 }

@@ -17,14 +17,14 @@ const MAX_RESOLV_CONF: u64 = 16 << 10;
 /// has no cluster domain. A resolver tries such a name below each search domain, twice for A and
 /// AAAA. The kubelet writes a search domain `svc.DOMAIN` for every pod, which yields the full name:
 /// a name with a final dot costs one look-up.
-pub(super) fn qualified_name(seed: &str, resolv_conf: &str) -> String {
-    let full = seed.rsplit_once(':').and_then(|(host, port)| {
+pub(super) fn qualified_name(bootstrap_name: &str, resolv_conf: &str) -> String {
+    let qualified = bootstrap_name.rsplit_once(':').and_then(|(host, port)| {
         host.strip_suffix(".svc")?;
-        let searched = resolv_conf.lines().filter_map(|line| line.strip_prefix("search")).next_back()?;
-        let domain = searched.split_whitespace().find_map(|domain| domain.strip_prefix("svc."))?;
+        let search_domains = resolv_conf.lines().filter_map(|line| line.strip_prefix("search")).next_back()?;
+        let domain = search_domains.split_whitespace().find_map(|domain| domain.strip_prefix("svc."))?;
         Some(format!("{host}.{}.:{port}", domain.trim_end_matches('.')))
     });
-    full.unwrap_or_else(|| seed.to_owned())
+    qualified.unwrap_or_else(|| bootstrap_name.to_owned())
 }
 
 /// Resolves the names of first peers.
@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn the_name_of_a_service_is_qualified_by_the_search_domain_of_the_pod() {
-        for (seed, expected) in [
+        for (bootstrap_name, expected) in [
             ("lighterman-peers.lighterman.svc:4701", "lighterman-peers.lighterman.svc.example.org.:4701"),
             ("lighterman-peers.lighterman.svc.example.org.:4701", "lighterman-peers.lighterman.svc.example.org.:4701"),
             ("10.0.0.1:4701", "10.0.0.1:4701"),
@@ -82,15 +82,15 @@ mod tests {
             ("svc:4701", "svc:4701"),
             ("peers.svc", "peers.svc"),
         ] {
-            assert_eq!(qualified_name(seed, POD_RESOLV_CONF), expected);
+            assert_eq!(qualified_name(bootstrap_name, POD_RESOLV_CONF), expected);
         }
     }
 
     #[test]
     fn a_name_stays_as_it_is_without_a_search_domain_of_services() {
-        let seed = "lighterman-peers.lighterman.svc:4701";
+        let bootstrap_name = "lighterman-peers.lighterman.svc:4701";
         for conf in ["", "nameserver 10.0.0.1\n", "search lan\n", "search svc.old\nsearch lan\n"] {
-            assert_eq!(qualified_name(seed, conf), seed, "{conf:?}");
+            assert_eq!(qualified_name(bootstrap_name, conf), bootstrap_name, "{conf:?}");
         }
     }
 

@@ -62,28 +62,28 @@ struct SelfDescription {
 impl Introducer {
     /// Introduces this agent, and introduces each change, until stopped.
     pub async fn run(self, stop: CancellationToken) {
-        let mut renewed = self.admission.credential_changes();
-        let mut observed = self.observed_address.clone();
+        let mut credential_changes = self.admission.credential_changes();
+        let mut observed_address = self.observed_address.clone();
         let mut address = self.address;
         let mut introduced = None;
         let mut failures = 0;
         let first = tokio::time::timeout(ZONE_TIMEOUT, self.read_zone(Duration::ZERO));
         let Some(first) = stop.run_until_cancelled(first).await else { return };
-        let asked_again = if matches!(first, Ok(Ok(_))) { ZONE_REFRESH } else { MIN_BACKOFF };
+        let zone_read_delay = if matches!(first, Ok(Ok(_))) { ZONE_REFRESH } else { MIN_BACKOFF };
         let mut zone = first.ok().and_then(Result::ok).flatten();
-        let asking = self.read_zone(asked_again);
+        let asking = self.read_zone(zone_read_delay);
         tokio::pin!(asking);
-        let mut next = Instant::now();
+        let mut next_introduction = Instant::now();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = sleep_until(next) => {}
-                Ok(()) = renewed.changed() => {}
-                Ok(()) = observed.changed() => {}
+                () = sleep_until(next_introduction) => {}
+                Ok(()) = credential_changes.changed() => {}
+                Ok(()) = observed_address.changed() => {}
                 answer = &mut asking, if self.zone.is_none() => {
                     let pause = match answer {
-                        Ok(found) => {
-                            (zone, failures) = (found, 0);
+                        Ok(new_zone) => {
+                            (zone, failures) = (new_zone, 0);
                             ZONE_REFRESH.mul_f64(0.9 + rand::random::<f64>() / 5.0)
                         }
                         Err(error) => {
@@ -97,15 +97,16 @@ impl Introducer {
                     asking.set(self.read_zone(pause));
                 }
             }
-            address = self.address.or_else(|| own_address(address, *observed.borrow_and_update(), is_local_address));
-            renewed.mark_unchanged();
-            next = Instant::now() + CREDENTIAL_RETRY;
+            address =
+                self.address.or_else(|| own_address(address, *observed_address.borrow_and_update(), is_local_address));
+            credential_changes.mark_unchanged();
+            next_introduction = Instant::now() + CREDENTIAL_RETRY;
             let (Some(address), Ok(credential)) = (address, self.admission.credential().await) else { continue };
-            next = Instant::now() + ZONE_REFRESH;
-            let now = SelfDescription { credential, address, zone: zone.clone() };
-            if introduced.as_ref() != Some(&now) {
-                self.introduce(&now).await;
-                introduced = Some(now);
+            next_introduction = Instant::now() + ZONE_REFRESH;
+            let description = SelfDescription { credential, address, zone: zone.clone() };
+            if introduced.as_ref() != Some(&description) {
+                self.introduce(&description).await;
+                introduced = Some(description);
             }
         }
     }
@@ -121,29 +122,30 @@ impl Introducer {
 
     async fn introduce(&self, description: &SelfDescription) {
         let SelfDescription { credential, address, zone } = description.clone();
-        let (transfer, gossip) = (at(address, self.transfer_port), at(address, self.gossip_port));
+        let (transfer, gossip) =
+            (socket_address(address, self.transfer_port), socket_address(address, self.gossip_port));
         tracing::debug!(%transfer, %gossip, ?zone, "introducing this agent");
         self.own_zone.send_replace(zone.clone());
         self.mesh.introduce(credential, transfer, gossip, zone).await;
     }
 }
 
-fn at(address: IpAddr, port: u16) -> SocketAddr {
+fn socket_address(address: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
 /// The address to announce without a setting: the address that a peer observed. Only an address of
 /// this node counts, so that no peer can divert the others. An earlier address that the node still
 /// has stays, so that two observed addresses do not alternate.
-fn own_address(before: Option<IpAddr>, observed: Option<IpAddr>, is_ours: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
-    let ours = |address: &IpAddr| is_address_for_peers(*address) && is_ours(*address);
-    before.filter(ours).or_else(|| observed.map(|address| address.to_canonical()).filter(ours))
+fn own_address(current: Option<IpAddr>, observed: Option<IpAddr>, is_local: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
+    let is_usable = |address: &IpAddr| is_address_for_peers(*address) && is_local(*address);
+    current.filter(is_usable).or_else(|| observed.map(|address| address.to_canonical()).filter(is_usable))
 }
 
 /// The pause after so many failures in a row, half of it random (`chance` in 0..1).
-fn backoff(failures: u32, chance: f64) -> Duration {
-    let longest = MIN_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_BACKOFF);
-    longest.mul_f64(0.5 + 0.5 * chance)
+fn backoff(failures: u32, jitter: f64) -> Duration {
+    let max_delay = MIN_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_BACKOFF);
+    max_delay.mul_f64(0.5 + 0.5 * jitter)
 }
 
 #[cfg(test)]
@@ -156,19 +158,29 @@ mod tests {
 
     #[test]
     fn an_observed_address_is_used_if_this_node_has_it() {
-        let has = |ours: &'static [u8]| move |seen: IpAddr| ours.iter().any(|last| seen == address(*last));
-        assert_eq!(own_address(None, None, has(&[1])), None);
-        assert_eq!(own_address(None, Some(address(9)), has(&[1])), None, "the address of another host");
-        assert_eq!(own_address(None, Some(address(1)), has(&[1])), Some(address(1)));
-        assert_eq!(own_address(Some(address(1)), Some(address(2)), has(&[1, 2])), Some(address(1)), "no flapping");
-        assert_eq!(own_address(Some(address(1)), Some(address(2)), has(&[2])), Some(address(2)), "the node moved");
-        let everything = |_: IpAddr| true;
-        assert_eq!(own_address(None, Some(IpAddr::from([0, 0, 0, 0])), everything), None);
-        assert_eq!(own_address(None, "::ffff:10.0.0.1".parse().ok(), everything), Some(address(1)));
-        assert_eq!(own_address(None, "fe80::1".parse().ok(), everything), None, "a link-local address");
+        let has_addresses = |local_addresses: &'static [u8]| {
+            move |seen: IpAddr| local_addresses.iter().any(|last| seen == address(*last))
+        };
+        assert_eq!(own_address(None, None, has_addresses(&[1])), None);
+        assert_eq!(own_address(None, Some(address(9)), has_addresses(&[1])), None, "the address of another host");
+        assert_eq!(own_address(None, Some(address(1)), has_addresses(&[1])), Some(address(1)));
+        assert_eq!(
+            own_address(Some(address(1)), Some(address(2)), has_addresses(&[1, 2])),
+            Some(address(1)),
+            "no flapping"
+        );
+        assert_eq!(
+            own_address(Some(address(1)), Some(address(2)), has_addresses(&[2])),
+            Some(address(2)),
+            "the node moved"
+        );
+        let any_address = |_: IpAddr| true;
+        assert_eq!(own_address(None, Some(IpAddr::from([0, 0, 0, 0])), any_address), None);
+        assert_eq!(own_address(None, "::ffff:10.0.0.1".parse().ok(), any_address), Some(address(1)));
+        assert_eq!(own_address(None, "fe80::1".parse().ok(), any_address), None, "a link-local address");
         let (v4, v6) = (address(1), IpAddr::from([0xfd77, 0, 0, 0, 0, 0, 0, 0x11]));
-        assert_eq!(own_address(None, Some(v6), everything), Some(v6));
-        assert_eq!(own_address(Some(v4), Some(v6), everything), Some(v4), "a dual-stack node keeps its address");
+        assert_eq!(own_address(None, Some(v6), any_address), Some(v6));
+        assert_eq!(own_address(Some(v4), Some(v6), any_address), Some(v4), "a dual-stack node keeps its address");
     }
 
     #[test]

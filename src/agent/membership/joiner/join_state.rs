@@ -70,19 +70,19 @@ impl JoinState {
         }
     }
 
-    pub(super) fn on_looked_up(&mut self, listed: Option<Vec<SocketAddr>>, now: Instant) {
+    pub(super) fn on_looked_up(&mut self, addresses: Option<Vec<SocketAddr>>, now: Instant) {
         self.lookup_schedule.record_lookup(
-            listed.as_deref().map(dns_schedule::count_agents),
+            addresses.as_deref().map(dns_schedule::count_agents),
             now.into_std(),
             rand::random(),
         );
         // A DNS server that starts or fails may answer without addresses.
-        if let Some(listed) = listed.filter(|listed| !listed.is_empty()) {
-            self.bootstrap_addresses = listed;
+        if let Some(addresses) = addresses.filter(|listed| !listed.is_empty()) {
+            self.bootstrap_addresses = addresses;
         }
     }
 
-    pub(super) fn begin_round(&mut self, unknown: Vec<SocketAddr>) {
+    pub(super) fn begin_round(&mut self, unconnected: Vec<SocketAddr>) {
         // Nodes come and go, and DNS may answer with any addresses. A full table is cleared, at the
         // cost of a log line and a dial for each address.
         if self.logged_failures.len() > MAX_HINTS {
@@ -94,11 +94,11 @@ impl JoinState {
         if self.own_addresses.len() > MAX_HINTS {
             self.own_addresses.clear();
         }
-        self.dial_queue.insert_hints(unknown);
+        self.dial_queue.insert_hints(unconnected);
         if self.live_peers.is_empty() {
             // As at the start: DNS may be down, and peers of the address book may be back.
-            let earlier = self.address_book.addresses();
-            self.dial_queue.insert_hints(earlier);
+            let saved_addresses = self.address_book.addresses();
+            self.dial_queue.insert_hints(saved_addresses);
         }
     }
 }

@@ -69,18 +69,18 @@ mod tests {
 
     #[test]
     fn the_first_changes_have_a_line_each_and_the_rest_are_counted() {
-        let (mut attendance, now) = (MembershipLog::default(), Instant::now());
-        let gone = |attendance: &mut MembershipLog, times, now| {
-            (0..times).for_each(|_| attendance.peer_down(PeerId::from_public_key([1; 32]), None, now));
+        let (mut log, now) = (MembershipLog::default(), Instant::now());
+        let peers_down = |log: &mut MembershipLog, times, now| {
+            (0..times).for_each(|_| log.peer_down(PeerId::from_public_key([1; 32]), None, now));
         };
-        assert_eq!(attendance.due(), None);
-        gone(&mut attendance, MAX_LINES, now);
-        assert_eq!((attendance.omitted_down, attendance.due()), (0, Some(now + WINDOW)));
-        gone(&mut attendance, 7, now + WINDOW / 2);
-        assert_eq!(attendance.omitted_down, 7);
-        gone(&mut attendance, 1, now + WINDOW);
-        assert_eq!((attendance.omitted_down, attendance.lines), (0, 1), "a new second");
-        attendance.write_summary();
-        assert_eq!(attendance.due(), None);
+        assert_eq!(log.due(), None);
+        peers_down(&mut log, MAX_LINES, now);
+        assert_eq!((log.omitted_down, log.due()), (0, Some(now + WINDOW)));
+        peers_down(&mut log, 7, now + WINDOW / 2);
+        assert_eq!(log.omitted_down, 7);
+        peers_down(&mut log, 1, now + WINDOW);
+        assert_eq!((log.omitted_down, log.lines), (0, 1), "a new second");
+        log.write_summary();
+        assert_eq!(log.due(), None);
     }
 }

@@ -54,29 +54,29 @@ impl PolicyFileFixture {
 
 #[tokio::test]
 async fn the_policy_file_applies_at_the_start_and_after_each_change() {
-    let mut watched = watch_file_with("killSwitch: true\n").await;
-    assert!(watched.is_kill_switch_on() && watched.is_valid());
-    watched.write("maxUploadRate: 1Mi\n").await;
-    assert!(!watched.is_kill_switch_on(), "a removed setting falls back to the flags");
-    assert_eq!(watched.watch.policy().borrow().budgets.max_upload_rate, 1 << 20);
-    let status = watched.watch.status().borrow().clone();
+    let mut fixture = watch_file_with("killSwitch: true\n").await;
+    assert!(fixture.is_kill_switch_on() && fixture.is_valid());
+    fixture.write("maxUploadRate: 1Mi\n").await;
+    assert!(!fixture.is_kill_switch_on(), "a removed setting falls back to the flags");
+    assert_eq!(fixture.watch.policy().borrow().budgets.max_upload_rate, 1 << 20);
+    let status = fixture.watch.status().borrow().clone();
     assert_eq!((status.sets, status.error), (vec!["maxUploadRate: 1Mi".to_owned()], None));
     assert!(status.in_force_since.is_some());
 }
 
 #[tokio::test]
 async fn an_invalid_policy_file_leaves_the_policy_in_force() {
-    let mut watched = watch_file_with("killSwitch: true\n").await;
-    for wrong in
+    let mut fixture = watch_file_with("killSwitch: true\n").await;
+    for invalid in
         [&b"killSwitch: true\nconcurrentBlobs: 0\n"[..], b"killSwitch: f\xff", &[b'#'; MAX_BYTES + 1], b"<html>"]
     {
-        watched.write(wrong).await;
-        assert!(watched.is_kill_switch_on() && !watched.is_valid() && watched.error().is_some());
+        fixture.write(invalid).await;
+        assert!(fixture.is_kill_switch_on() && !fixture.is_valid() && fixture.error().is_some());
     }
-    watched.write("killSwitch: true\nconcurrentBlobs: 0\n").await;
-    assert!(watched.error().unwrap().starts_with("line 2, column 18:"), "{:?}", watched.error());
-    watched.write("killSwitch: false\n").await;
-    assert!(!watched.is_kill_switch_on() && watched.is_valid() && watched.error().is_none());
+    fixture.write("killSwitch: true\nconcurrentBlobs: 0\n").await;
+    assert!(fixture.error().unwrap().starts_with("line 2, column 18:"), "{:?}", fixture.error());
+    fixture.write("killSwitch: false\n").await;
+    assert!(!fixture.is_kill_switch_on() && fixture.is_valid() && fixture.error().is_none());
 }
 
 #[tokio::test]
@@ -102,53 +102,53 @@ async fn a_symlink_swapped_like_a_configmap_is_followed() {
 
 #[tokio::test]
 async fn a_removed_policy_file_leaves_its_policy_in_force() {
-    let mut watched = watch_file_with("killSwitch: true\n").await;
-    std::fs::remove_file(file(&watched.folder)).unwrap();
-    watched.watch.reread().await;
-    assert!(watched.is_kill_switch_on() && !watched.is_valid());
-    assert_eq!(watched.error().as_deref(), Some("the file is gone"));
-    watched.write("killSwitch: true\n").await;
-    assert!(watched.is_kill_switch_on() && watched.is_valid());
+    let mut fixture = watch_file_with("killSwitch: true\n").await;
+    std::fs::remove_file(file(&fixture.folder)).unwrap();
+    fixture.watch.reread().await;
+    assert!(fixture.is_kill_switch_on() && !fixture.is_valid());
+    assert_eq!(fixture.error().as_deref(), Some("the file is gone"));
+    fixture.write("killSwitch: true\n").await;
+    assert!(fixture.is_kill_switch_on() && fixture.is_valid());
 }
 
 #[tokio::test]
 async fn the_flags_apply_until_a_policy_file_appears() {
-    let mut watched = watch_in(tempfile::tempdir().unwrap()).await;
-    assert_eq!(**watched.watch.policy().borrow(), flags());
-    assert!(watched.is_valid(), "an absent file is valid before the first file");
-    watched.write("killSwitch: true\n").await;
-    assert!(watched.is_kill_switch_on());
+    let mut fixture = watch_in(tempfile::tempdir().unwrap()).await;
+    assert_eq!(**fixture.watch.policy().borrow(), flags());
+    assert!(fixture.is_valid(), "an absent file is valid before the first file");
+    fixture.write("killSwitch: true\n").await;
+    assert!(fixture.is_kill_switch_on());
 }
 
 #[tokio::test]
-async fn a_pipe_is_refused_without_waiting_for_a_writer() {
+async fn a_pipe_is_rejected_without_waiting_for_a_writer() {
     let folder = tempfile::tempdir().unwrap();
     nix::unistd::mkfifo(&file(&folder), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let watched = watch_in(folder).await;
-    assert_eq!(watched.error().as_deref(), Some("the path is not a regular file"));
+    let fixture = watch_in(folder).await;
+    assert_eq!(fixture.error().as_deref(), Some("the path is not a regular file"));
 }
 
 #[tokio::test]
 async fn receivers_are_notified_of_changes_only() {
-    let mut watched = watch_file_with("killSwitch: false\n").await;
-    let mut rules = watched.watch.policy();
-    rules.mark_unchanged();
-    watched.watch.reread().await;
-    assert!(!rules.has_changed().unwrap(), "the same file");
-    watched.write("killSwitch: false # by Ada\n").await;
-    assert!(!rules.has_changed().unwrap(), "the same policy");
-    watched.write("killSwitch: true\n").await;
-    assert!(rules.has_changed().unwrap());
+    let mut fixture = watch_file_with("killSwitch: false\n").await;
+    let mut policy = fixture.watch.policy();
+    policy.mark_unchanged();
+    fixture.watch.reread().await;
+    assert!(!policy.has_changed().unwrap(), "the same file");
+    fixture.write("killSwitch: false # by Ada\n").await;
+    assert!(!policy.has_changed().unwrap(), "the same policy");
+    fixture.write("killSwitch: true\n").await;
+    assert!(policy.has_changed().unwrap());
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_task_rereads_the_policy_file() {
-    let watched = watch_file_with("killSwitch: false\n").await;
-    let mut rules = watched.watch.policy();
+    let fixture = watch_file_with("killSwitch: false\n").await;
+    let mut policy = fixture.watch.policy();
     let stop = CancellationToken::new();
-    let running = tokio::spawn(watched.watch.run(stop.clone()));
-    std::fs::write(file(&watched.folder), "killSwitch: true\n").unwrap();
-    let changed = rules.wait_for(|rules| rules.opt_in.kill_switch);
+    let running = tokio::spawn(fixture.watch.run(stop.clone()));
+    std::fs::write(file(&fixture.folder), "killSwitch: true\n").unwrap();
+    let changed = policy.wait_for(|rules| rules.opt_in.kill_switch);
     drop(tokio::time::timeout(Duration::from_secs(3600), changed).await.expect("a read of the file").unwrap());
     stop.cancel();
     running.await.unwrap();
@@ -158,14 +158,15 @@ async fn the_task_rereads_the_policy_file() {
 fn a_change_is_logged_field_by_field() {
     let before = PolicyOverrides::parse("killSwitch: true\nmaxUploadRate: 1Mi\nconcurrentBlobs: 2").unwrap();
     let now = PolicyOverrides::parse("killSwitch: true\nmaxUploadRate: 2Mi\nrecoverOn: [denied]").unwrap();
-    let told = ["concurrentBlobs: 2 -> as the flag", "maxUploadRate: 1Mi -> 2Mi", "recoverOn: as the flag -> [denied]"];
-    assert_eq!(changes(&before, &now), told);
+    let expected =
+        ["concurrentBlobs: 2 -> as the flag", "maxUploadRate: 1Mi -> 2Mi", "recoverOn: as the flag -> [denied]"];
+    assert_eq!(changes(&before, &now), expected);
 }
 
 #[tokio::test]
 async fn an_agent_that_starts_with_an_invalid_policy_file_recovers_nothing() {
-    let mut watched = watch_file_with("killSwitch: ture\n").await;
-    assert!(watched.error().is_some() && watched.is_kill_switch_on(), "the invalid file may turn the kill switch on");
-    watched.write("concurrentBlobs: 3\n").await;
-    assert!(!watched.is_kill_switch_on());
+    let mut fixture = watch_file_with("killSwitch: ture\n").await;
+    assert!(fixture.error().is_some() && fixture.is_kill_switch_on(), "the invalid file may turn the kill switch on");
+    fixture.write("concurrentBlobs: 3\n").await;
+    assert!(!fixture.is_kill_switch_on());
 }

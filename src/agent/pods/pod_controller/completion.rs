@@ -63,7 +63,7 @@ impl PodController {
         let note = self.pod_notifier.dry_run_note(reference, digest, &providers);
         tracing::info!(%reference, %digest, note, "dry run");
         for pod in self.queue.finish(reference, RecoveryEnd::Done, now(), rand::random()) {
-            if self.ledger.mark_reported(&pod, "", &reference.to_string(), PodReportKind::DryRun.reason()) {
+            if self.container_records.mark_reported(&pod, "", &reference.to_string(), PodReportKind::DryRun.reason()) {
                 self.spawn_report(pod, PodReportKind::DryRun, note.clone());
             }
         }
@@ -95,9 +95,9 @@ impl PodController {
             there = recovered.present, took = ?recovered.took, pods = pods.len(), "recovered"
         );
         if recovered.fetched > 0 {
-            let told: BTreeSet<_> = pods.iter().chain(&started_pods).cloned().collect();
-            let told: Vec<_> = told.into_iter().collect();
-            self.notifications.send(PendingNotification::recovered(reference, recovered, &told, &note));
+            let notified_pods: BTreeSet<_> = pods.iter().chain(&started_pods).cloned().collect();
+            let notified_pods: Vec<_> = notified_pods.into_iter().collect();
+            self.notifications.send(PendingNotification::recovered(reference, recovered, &notified_pods, &note));
             for pod in started_pods.into_iter().filter(|pod| !pods.contains(pod)) {
                 self.spawn_report(pod, PodReportKind::Recovered, note.clone());
             }
@@ -133,7 +133,7 @@ impl PodController {
     /// Reports the verification. No nudge and no deletion follows: a new pod would wait as well.
     fn report_verification(&mut self, pod: &PodRef, reference: &Reference) {
         let (image, reason) = (reference.to_string(), NotRecoverable::VerifiesCredentials);
-        if self.ledger.mark_reported(pod, "", &image, reason.label()) {
+        if self.container_records.mark_reported(pod, "", &image, reason.label()) {
             let note = reason.event_text(&image);
             tracing::warn!(%pod, %reference, "the image is here and the kubelet asks its registry all the same");
             self.spawn_report(pod.clone(), PodReportKind::NotRecoverable, note);
@@ -151,7 +151,7 @@ impl PodController {
         for container in view.containers.iter().filter(|container| waits_for_image(container)) {
             let (image, _) = failing_image(view, container);
             if image.parse::<Reference>().is_ok_and(|named| named == *reference) {
-                self.ledger.mark_reported(pod, &container.name, image, "nudged");
+                self.container_records.mark_reported(pod, &container.name, image, "nudged");
             }
         }
     }
@@ -178,18 +178,20 @@ impl PodController {
         let note = self.pod_notifier.failed_note(error);
         let image = reference.to_string();
         self.notifications.send(PendingNotification::not_recovered(&image, kind, &pods, &note));
-        let news: Vec<_> =
-            pods.iter().map(|pod| self.ledger.mark_reported(pod, "", &image, error.outcome().label())).collect();
+        let first_reports: Vec<_> = pods
+            .iter()
+            .map(|pod| self.container_records.mark_reported(pod, "", &image, error.outcome().label()))
+            .collect();
         // A warning for each outcome that is new to a pod; repeated outcomes are logged at debug
         // level.
-        match news.contains(&true) {
+        match first_reports.contains(&true) {
             true => tracing::warn!(%reference, %error, pods = pods.len(), "not recovered"),
             false => tracing::debug!(%reference, %error, "not recovered again"),
         }
-        for (pod, is_news) in pods.into_iter().zip(news) {
+        for (pod, is_first_report) in pods.into_iter().zip(first_reports) {
             // One Event for each pod and outcome. A failure that is retried, after a growing
             // back-off, gets an Event at each retry.
-            if kind == PodReportKind::Failed || is_news {
+            if kind == PodReportKind::Failed || is_first_report {
                 self.spawn_report(pod, kind, note.clone());
             }
         }
@@ -207,11 +209,11 @@ impl PodController {
         if pods.is_empty() || self.options.dry_run {
             return;
         }
-        let Some(question) = self.registries.probe(&reference.repository().registry) else { return };
+        let Some(probe) = self.registries.probe(&reference.repository().registry) else { return };
         let stopping = self.stopping.clone();
         let (recoverer, reference) = (Arc::clone(&self.recoverer), reference.clone());
         self.work.spawn(async move {
-            let answered = stopping.run_until_cancelled(question).await.is_some_and(|answer| answer.result.is_ok());
+            let answered = stopping.run_until_cancelled(probe).await.is_some_and(|answer| answer.result.is_ok());
             let result = if answered { recoverer.remove_broken_record(&reference).await } else { Ok(false) };
             WorkResult::RecordRemoved { reference, pods, result }
         });

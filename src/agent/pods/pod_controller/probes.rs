@@ -14,10 +14,10 @@ use crate::ports::{ClusterError, KubeletEvent};
 impl PodController {
     /// Probes the registry, unless a recent probe suffices.
     pub(super) fn probe_registry(&mut self, registry: &str) {
-        if let Some(question) = self.registries.probe_if_due(registry, now()) {
+        if let Some(probe) = self.registries.probe_if_due(registry, now()) {
             let stopping = self.stopping.clone();
             self.work.spawn(async move {
-                stopping.run_until_cancelled(question).await.map_or(WorkResult::Nothing, WorkResult::RegistryProbed)
+                stopping.run_until_cancelled(probe).await.map_or(WorkResult::Nothing, WorkResult::RegistryProbed)
             });
         }
     }
@@ -68,12 +68,12 @@ impl PodController {
             let (cluster, permits) = (Arc::clone(&self.cluster), Arc::clone(&self.api_permits));
             let (pod, stopping) = (pod.clone(), self.stopping.clone());
             self.work.spawn(async move {
-                let question = async {
+                let request = async {
                     let _permit = permits.acquire().await;
                     cluster.kubelet_events(&pod).await
                 };
-                let result = stopping.run_until_cancelled(question).await;
-                result.map_or(WorkResult::Nothing, |said| WorkResult::KubeletEventsRead { pod, result: said })
+                let result = stopping.run_until_cancelled(request).await;
+                result.map_or(WorkResult::Nothing, |events| WorkResult::KubeletEventsRead { pod, result: events })
             });
         }
     }
@@ -90,7 +90,7 @@ impl PodController {
             if let Some((reference, cause)) = missing_sandbox_image(&event.message)
                 && waiting.view.containers.iter().all(is_pending)
             {
-                self.ledger.record_cause(pod, "", &reference.to_string(), Some(cause));
+                self.container_records.record_cause(pod, "", &reference.to_string(), Some(cause));
                 waiting.missing_sandbox_image = Some((reference, cause));
             }
             for image in pending_images(&waiting.view).filter(|image| names_image(&event.message, image)) {
@@ -100,11 +100,13 @@ impl PodController {
                     false => drop(stalled.remove(image)),
                 }
             }
-            let about = event.container.as_deref();
-            for container in waiting.view.containers.iter().filter(|container| about == Some(container.name.as_str())) {
+            let container_name = event.container.as_deref();
+            for container in
+                waiting.view.containers.iter().filter(|container| container_name == Some(container.name.as_str()))
+            {
                 let (image, _) = failing_image(&waiting.view, container);
                 if names_image(&event.message, image) {
-                    self.ledger.record_cause(pod, &container.name, image, classify_event(&event.message));
+                    self.container_records.record_cause(pod, &container.name, image, classify_event(&event.message));
                 }
             }
         }

@@ -25,7 +25,7 @@ use crate::ports::{Annotations, Cluster, ClusterError, NamespaceView, PodReportK
 const UNDECIDED_RETRY: Duration = Duration::from_secs(6);
 
 /// Distinct invalid annotations that are counted and logged. Further ones are ignored.
-const MAX_ODD_ANNOTATIONS: usize = 256;
+const MAX_INVALID_ANNOTATIONS: usize = 256;
 
 /// The API server's part of a pod's opt-in.
 pub(super) struct OptInSources {
@@ -50,23 +50,23 @@ impl OptInSources {
 impl PodController {
     pub(super) fn reconcile(&mut self, pod: PodView) {
         for container in pod.containers.iter().filter(|container| container.waiting.is_none()) {
-            self.ledger.remove_container(&pod.pod, &container.name);
+            self.container_records.remove_container(&pod.pod, &container.name);
         }
         let failing = pod.containers.iter().any(waits_for_image);
         if pod.is_ending || !(failing || pod.containers.iter().any(is_pending)) {
             // Resets the Events already sent for the pod as a whole.
-            self.ledger.remove_container(&pod.pod, "");
+            self.container_records.remove_container(&pod.pod, "");
             self.stop_waiting(&pod.pod, !pod.is_ending);
             return;
         }
         let waiting = self.waiting.entry(pod.pod.clone()).or_insert_with(|| WaitingPod::new(pod.clone(), now()));
         waiting.update(pod.clone(), now());
         let is_of_interest = failing || waiting.sandbox_suspected || !self.absent_images(&pod).is_empty();
-        let refusal = self.policy.borrow().opt_in.opt_out_reason(&pod);
-        match refusal {
+        let opt_out = self.policy.borrow().opt_in.opt_out_reason(&pod);
+        match opt_out {
             _ if !is_of_interest => self.set_needed_images(&pod.pod, BTreeSet::new()),
             // Needs no API server: the kill switch works during the API server's outage.
-            Some(reason) => self.reconcile_refused(&pod, reason),
+            Some(reason) => self.reconcile_opted_out(&pod, reason),
             None => self.read_opt_in(&pod),
         }
     }
@@ -76,15 +76,15 @@ impl PodController {
     fn read_opt_in(&mut self, pod: &PodView) {
         let Some(waiting) = self.waiting.get_mut(&pod.pod).filter(|waiting| !waiting.is_reading_opt_in) else { return };
         waiting.is_reading_opt_in = true;
-        let (rules, cluster) = (Arc::clone(&self.policy.borrow()), Arc::clone(&self.cluster));
+        let (policy, cluster) = (Arc::clone(&self.policy.borrow()), Arc::clone(&self.cluster));
         let (pod, permits, stopping) = (pod.clone(), Arc::clone(&self.api_permits), self.stopping.clone());
         self.work.spawn(async move {
-            let question = async {
+            let request = async {
                 let _permit = permits.acquire().await;
-                OptInSources::read(&*cluster, &rules.opt_in, &pod).await
+                OptInSources::read(&*cluster, &policy.opt_in, &pod).await
             };
-            let result = stopping.run_until_cancelled(question).await;
-            result.map_or(WorkResult::Nothing, |said| WorkResult::OptInRead { pod: pod.pod, result: said })
+            let result = stopping.run_until_cancelled(request).await;
+            result.map_or(WorkResult::Nothing, |sources| WorkResult::OptInRead { pod: pod.pod, result: sources })
         });
     }
 
@@ -93,28 +93,28 @@ impl PodController {
         waiting.is_reading_opt_in = false;
         let view = waiting.view.clone();
         let OptInSources { namespace, owners } = match result {
-            Ok(permission) => permission,
+            Ok(sources) => sources,
             Err(error) => return self.retry_later(pod, &error),
         };
         self.undecided.remove(pod);
-        let mut odd = Vec::new();
+        let mut invalid = Vec::new();
         let owners = owners.as_ref().map(|owners| owners.iter().map(|owner| &**owner).collect::<Vec<_>>());
-        let rules = Arc::clone(&self.policy.borrow());
+        let policy = Arc::clone(&self.policy.borrow());
         let (labels, annotations) = (&namespace.labels, &namespace.annotations);
-        let opt_in = rules.opt_in.evaluate(&view, labels, annotations, owners.as_deref(), &mut odd);
-        let priority = rules.opt_in.priority(&view, &mut odd);
-        self.warn_of_odd_annotations(&view, odd);
+        let opt_in = policy.opt_in.evaluate(&view, labels, annotations, owners.as_deref(), &mut invalid);
+        let priority = policy.opt_in.priority(&view, &mut invalid);
+        self.warn_of_invalid_annotations(&view, invalid);
         match opt_in {
             OptIn::Yes { on_denied, repositories } => {
                 self.reconcile_opted_in(&view, &PodOptIn { on_denied, repositories, priority })
             }
-            OptIn::No(reason) => self.reconcile_refused(&view, reason),
+            OptIn::No(reason) => self.reconcile_opted_out(&view, reason),
             // The pod's annotations changed during the read.
             OptIn::NeedsOwners => self.read_opt_in(&view),
         }
     }
 
-    fn reconcile_refused(&mut self, pod: &PodView, reason: OptOutReason) {
+    fn reconcile_opted_out(&mut self, pod: &PodView, reason: OptOutReason) {
         if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
             waiting.clear_opt_in();
         }
@@ -123,7 +123,7 @@ impl PodController {
         }
         for container in pod.containers.iter().filter(|container| waits_for_image(container)) {
             let (image, _) = failing_image(pod, container);
-            self.record_left_alone(pod, &container.name, image, IgnoreReason::OptedOut(reason));
+            self.record_ignored(pod, &container.name, image, IgnoreReason::OptedOut(reason));
         }
         self.set_needed_images(&pod.pod, BTreeSet::new());
     }
@@ -144,7 +144,7 @@ impl PodController {
         let sandbox = self.waiting.get(&pod.pod).and_then(|waiting| waiting.missing_sandbox_image.clone());
         if let Some((reference, cause)) = sandbox {
             let image = reference.to_string();
-            let cause = self.ledger.record_cause(&pod.pod, "", &image, Some(cause));
+            let cause = self.container_records.record_cause(&pod.pod, "", &image, Some(cause));
             let failure = self.failure(&image, PullPolicy::IfNotPresent, cause, "");
             needed.extend(self.on_verdict(pod, "", failure, opt_in));
         }
@@ -155,13 +155,15 @@ impl PodController {
     fn on_pull_failure(&mut self, pod: &PodView, container: &ContainerView, opt_in: &PodOptIn) -> Option<Reference> {
         let (image, policy) = failing_image(pod, container);
         let waiting = container.waiting.as_ref();
-        let known = self.ledger.record_cause(&pod.pod, &container.name, image, waiting.and_then(classify));
-        let said = waiting.map_or("", |waiting| waiting.message.as_str());
-        let failure = self.failure(image, policy, known, said);
+        let cause = self.container_records.record_cause(&pod.pod, &container.name, image, waiting.and_then(classify));
+        let message = waiting.map_or("", |waiting| waiting.message.as_str());
+        let failure = self.failure(image, policy, cause, message);
         let reference = self.on_verdict(pod, &container.name, failure, opt_in)?;
         // The image arrived during the kubelet's own attempt. Without a nudge, the kubelet retries
         // only after its back-off.
-        if self.queue.is_settling(&reference) && self.ledger.mark_reported(&pod.pod, &container.name, image, "nudged") {
+        if self.queue.is_settling(&reference)
+            && self.container_records.mark_reported(&pod.pod, &container.name, image, "nudged")
+        {
             self.spawn_nudge(pod.pod.clone());
         }
         Some(reference)
@@ -183,13 +185,13 @@ impl PodController {
             self.probe_registry(&image.parse::<Reference>().ok()?.repository().registry);
             return None;
         }
-        if self.ledger.is_denied(&pod.pod, image) && !opt_in.on_denied {
+        if self.container_records.is_denied(&pod.pod, image) && !opt_in.on_denied {
             return None;
         }
-        let of_container = pod.containers.iter().find(|container| container.image == image);
-        let name = of_container.map_or("", |container| container.name.as_str());
+        let container = pod.containers.iter().find(|container| container.image == image);
+        let name = container.map_or("", |container| container.name.as_str());
         let needed = self.on_verdict(pod, name, failure, opt_in)?;
-        if is_stalled && self.ledger.mark_reported(&pod.pod, name, image, PodReportKind::Stalled.reason()) {
+        if is_stalled && self.container_records.mark_reported(&pod.pod, name, image, PodReportKind::Stalled.reason()) {
             let note = format!(
                 "{STALLED} The agent recovers {image} from peers meanwhile: new pods of this node find the image at \
                  once."
@@ -199,10 +201,16 @@ impl PodController {
         Some(needed)
     }
 
-    fn failure<'a>(&self, image: &'a str, policy: PullPolicy, cause: Option<Cause>, said: &'a str) -> FailedPull<'a> {
+    fn failure<'a>(
+        &self,
+        image: &'a str,
+        policy: PullPolicy,
+        cause: Option<Cause>,
+        message: &'a str,
+    ) -> FailedPull<'a> {
         let reference = image.parse::<Reference>();
         let may_be_early = reference.is_ok_and(|reference| self.registries.may_recover_early(&reference, now()));
-        FailedPull { image, pull_policy: policy, cause, message: said, may_be_early }
+        FailedPull { image, pull_policy: policy, cause, message, may_be_early }
     }
 
     fn on_verdict(
@@ -212,12 +220,12 @@ impl PodController {
         failure: FailedPull<'_>,
         opt_in: &PodOptIn,
     ) -> Option<Reference> {
-        let rules = Arc::clone(&self.policy.borrow());
+        let policy = Arc::clone(&self.policy.borrow());
         let PodOptIn { on_denied, ref repositories, priority } = *opt_in;
         let image = failure.image;
-        match decide(failure, Consent { recover_on: &rules.opt_in.recover_on, on_denied, repositories }) {
+        match decide(failure, Consent { recover_on: &policy.opt_in.recover_on, on_denied, repositories }) {
             PullVerdict::Recover(reference, cause) => {
-                if self.ledger.mark_reported(&pod.pod, container, image, "recover") {
+                if self.container_records.mark_reported(&pod.pod, container, image, "recover") {
                     self.metrics.pod_failure_seen("recover");
                     tracing::info!(pod = %pod.pod, container, %reference, ?cause, "a pod cannot get its image");
                 }
@@ -225,7 +233,7 @@ impl PodController {
                 return Some(reference);
             }
             PullVerdict::Report(reason) => {
-                if self.ledger.mark_reported(&pod.pod, container, image, reason.label()) {
+                if self.container_records.mark_reported(&pod.pod, container, image, reason.label()) {
                     self.metrics.pod_failure_seen(reason.label());
                     let note = reason.event_text(image);
                     tracing::info!(pod = %pod.pod, container, note, "the image cannot be recovered");
@@ -239,7 +247,7 @@ impl PodController {
                     self.spawn_report(pod.pod.clone(), kind, note);
                 }
             }
-            PullVerdict::Ignore(reason) => self.record_left_alone(pod, container, image, reason),
+            PullVerdict::Ignore(reason) => self.record_ignored(pod, container, image, reason),
         }
         None
     }
@@ -247,25 +255,25 @@ impl PodController {
     fn request_recovery(&mut self, reference: &Reference, pod: &PodView, container: &str, image: &str, priority: i64) {
         match self.queue.join(reference, &pod.pod, priority) {
             JoinOutcome::First => {
-                let came = self.waiting.get(&pod.pod).map_or_else(now, |waiting| waiting.seen_at);
-                self.requested_since.insert(reference.clone(), came);
+                let seen_at = self.waiting.get(&pod.pod).map_or_else(now, |waiting| waiting.seen_at);
+                self.requested_since.insert(reference.clone(), seen_at);
             }
             JoinOutcome::Recovered => {
-                self.ledger.mark_reported(&pod.pod, container, image, "nudged");
+                self.container_records.mark_reported(&pod.pod, container, image, "nudged");
                 self.spawn_nudge(pod.pod.clone());
             }
             JoinOutcome::JoinedOthers | JoinOutcome::AlreadyWaiting => {}
         }
     }
 
-    fn record_left_alone(&mut self, pod: &PodView, container: &str, image: &str, reason: IgnoreReason) {
+    fn record_ignored(&mut self, pod: &PodView, container: &str, image: &str, reason: IgnoreReason) {
         if reason == IgnoreReason::CauseUnknown {
             // A later message decides on the failure and counts it. Earlier Events of the kubelet
             // may name the cause.
             if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
                 waiting.schedule_event_read(now());
             }
-        } else if self.ledger.mark_reported(&pod.pod, container, image, reason.label()) {
+        } else if self.container_records.mark_reported(&pod.pod, container, image, reason.label()) {
             self.metrics.pod_failure_seen(reason.label());
             tracing::debug!(pod = %pod.pod, container, ?reason, "no recovery for this container");
         }
@@ -274,14 +282,17 @@ impl PodController {
     /// Images of pending containers and of volumes that are not on this node and have the pull
     /// policy `IfNotPresent`.
     pub(super) fn absent_images(&self, pod: &PodView) -> Vec<(String, PullPolicy)> {
-        let here = self.image_records.borrow();
+        let image_records = self.image_records.borrow();
         // Right after the start, no list of image records exists yet.
-        let Some(here) = here.as_ref().filter(|_| pod.containers.iter().any(is_pending)) else { return Vec::new() };
+        let Some(image_records) = image_records.as_ref().filter(|_| pod.containers.iter().any(is_pending)) else {
+            return Vec::new();
+        };
         let containers = pod.containers.iter().filter(|container| is_pending(container));
         let of_containers = containers.map(|container| (&container.image, container.pull_policy));
         let of_volumes = pod.image_volumes.iter().map(|volume| (&volume.image, volume.pull_policy));
-        let is_absent =
-            |image: &str| image.parse::<Reference>().is_ok_and(|reference| !here.contains_key(&reference.to_string()));
+        let is_absent = |image: &str| {
+            image.parse::<Reference>().is_ok_and(|reference| !image_records.contains_key(&reference.to_string()))
+        };
         let absent: BTreeSet<_> = of_containers
             .chain(of_volumes)
             .filter(|(image, policy)| *policy == PullPolicy::IfNotPresent && is_absent(image))
@@ -295,33 +306,35 @@ impl PodController {
     ///
     /// Any pod's failed pull is evidence. A pod without opt-in may name any registry, so such a pod
     /// counts only for registries that `counts` accepts: those that have answered this agent.
-    fn record_outages(&mut self, pod: &PodView, counts: impl Fn(&RegistryHealth, &str) -> bool) -> bool {
+    fn record_outages(&mut self, pod: &PodView, is_counted: impl Fn(&RegistryHealth, &str) -> bool) -> bool {
         let Some(waiting) = self.waiting.get_mut(&pod.pod) else { return false };
         let mut has_recorded = false;
         let fresh = std::mem::take(&mut waiting.fresh_failures);
         // A read of the opt-in may take seconds, and evidence is as old as the pod's status.
-        let seen = waiting.seen_at;
+        let seen_at = waiting.seen_at;
         for container in pod.containers.iter().filter(|container| fresh.contains(&container.name)) {
             let (image, _) = failing_image(pod, container);
             let cause = container.waiting.as_ref().and_then(classify);
             let Ok(reference) = image.parse::<Reference>() else { continue };
             let registry = &reference.repository().registry;
             match cause {
-                Some(Cause::Unavailable(kind)) if counts(&self.registries, registry) => {
-                    let said = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
-                    self.registries.record_pull_failure(registry, kind, names_another_host(said, registry), seen);
+                Some(Cause::Unavailable(kind)) if is_counted(&self.registries, registry) => {
+                    let message = container.waiting.as_ref().map_or("", |waiting| waiting.message.as_str());
+                    self.registries.record_pull_failure(registry, kind, names_another_host(message, registry), seen_at);
                     has_recorded = true;
                 }
-                Some(Cause::NotFound | Cause::Denied) => self.registries.pull_answered(registry),
+                Some(Cause::NotFound | Cause::Denied) => self.registries.record_answered_pull(registry),
                 _ => {}
             }
         }
         has_recorded
     }
 
-    fn warn_of_odd_annotations(&mut self, pod: &PodView, odd: Vec<InvalidAnnotation>) {
-        for annotation in odd {
-            if self.odd_annotations.len() < MAX_ODD_ANNOTATIONS && self.odd_annotations.insert(annotation.clone()) {
+    fn warn_of_invalid_annotations(&mut self, pod: &PodView, annotations: Vec<InvalidAnnotation>) {
+        for annotation in annotations {
+            if self.invalid_annotations.len() < MAX_INVALID_ANNOTATIONS
+                && self.invalid_annotations.insert(annotation.clone())
+            {
                 self.metrics.invalid_annotation_seen();
                 let InvalidAnnotation { key, value } = annotation;
                 tracing::warn!(
@@ -367,16 +380,16 @@ impl PodController {
     }
 
     pub(super) fn on_pod_gone(&mut self, pod: &PodRef) {
-        self.ledger.remove_pod(pod);
+        self.container_records.remove_pod(pod);
         self.stop_waiting(pod, false);
     }
 
     fn stop_waiting(&mut self, pod: &PodRef, has_started: bool) {
-        if let Some(waited) = self.waiting.remove(pod).filter(|_| has_started) {
-            if let Some(imported) = waited.imported_at {
+        if let Some(waiting) = self.waiting.remove(pod).filter(|_| has_started) {
+            if let Some(imported) = waiting.imported_at {
                 self.metrics.pod_started(now().saturating_duration_since(imported));
             }
-            self.record_started_pod(pod, waited.needed.iter());
+            self.record_started_pod(pod, waiting.needed.iter());
         }
         self.undecided.remove(pod);
         self.set_needed_images(pod, BTreeSet::new());

@@ -24,7 +24,7 @@ pub(super) struct StallWatch {
     /// expires after ten minutes.
     silent_servers: HashMap<SocketAddr, Instant>,
     /// The error that the log has already.
-    logged: Option<String>,
+    logged_error: Option<String>,
 }
 
 /// Result of one search.
@@ -73,12 +73,12 @@ impl PodController {
         if let Some(error) = error {
             self.metrics.stalled_connection("failed");
             let error = error.to_string();
-            if self.stall_watch.logged.as_ref() != Some(&error) {
+            if self.stall_watch.logged_error.as_ref() != Some(&error) {
                 tracing::warn!(
                     error,
                     "a stalled pull cannot be ended; containerd ends it after image_pull_progress_timeout"
                 );
-                self.stall_watch.logged = Some(error);
+                self.stall_watch.logged_error = Some(error);
             }
         }
         let Some(longest) = ended.first() else { return };
@@ -90,7 +90,7 @@ impl PodController {
             ended.len(),
         );
         for pod in self.late_pods(now()) {
-            if self.ledger.mark_reported(&pod, "", "", PodReportKind::PullEnded.reason()) {
+            if self.container_records.mark_reported(&pod, "", "", PodReportKind::PullEnded.reason()) {
                 self.spawn_report(pod, PodReportKind::PullEnded, note.clone());
             }
         }
@@ -116,12 +116,12 @@ async fn end_silent(
     after: Duration,
     silent_before: BTreeSet<SocketAddr>,
 ) -> EndedConnections {
-    let listed = match connections.connections().await {
-        Ok(listed) => listed,
+    let open_connections = match connections.connections().await {
+        Ok(open_connections) => open_connections,
         Err(error) => return EndedConnections { ended: Vec::new(), error: Some(error) },
     };
     let mut outcome = EndedConnections { ended: Vec::new(), error: None };
-    for connection in stalled_connections(&listed, after, &silent_before) {
+    for connection in stalled_connections(&open_connections, after, &silent_before) {
         match connections.end(&connection).await {
             Ok(true) => outcome.ended.push(connection),
             // The connection ended by itself meanwhile.

@@ -104,8 +104,8 @@ impl WaitingPod {
         if view == self.view {
             return;
         }
-        let known = |container: &ContainerView| self.view.containers.contains(container);
-        let fresh: Vec<_> = failures(&view).filter(|container| !known(container)).map(|c| c.name.clone()).collect();
+        let is_known = |container: &ContainerView| self.view.containers.contains(container);
+        let fresh: Vec<_> = failures(&view).filter(|container| !is_known(container)).map(|c| c.name.clone()).collect();
         self.fresh_failures.extend(fresh);
         if !view.containers.iter().all(is_pending) {
             // A container has started, so the sandbox exists.
@@ -128,9 +128,9 @@ impl WaitingPod {
     /// Suspects the sandbox's image when the pod is late. Returns whether the suspicion is new.
     pub(super) fn mark_sandbox_suspected(&mut self, now: Instant) -> bool {
         let is_late = now.saturating_duration_since(self.waiting_since) >= SANDBOX_SUSPECT_AFTER;
-        let suspect = is_late && !self.sandbox_suspected && self.view.containers.iter().all(is_pending);
-        self.sandbox_suspected |= suspect;
-        suspect
+        let is_suspected = is_late && !self.sandbox_suspected && self.view.containers.iter().all(is_pending);
+        self.sandbox_suspected |= is_suspected;
+        is_suspected
     }
 
     /// Whether the pod has waited longer than `stalled_after`.
@@ -161,12 +161,12 @@ impl WaitingPod {
 
     /// Whether a read of the Events is due; a due read counts as done.
     pub(super) fn take_due_event_read(&mut self, now: Instant) -> bool {
-        let due = self.read_events_at.is_some_and(|at| at <= now);
-        if due {
+        let is_due = self.read_events_at.is_some_and(|at| at <= now);
+        if is_due {
             self.read_events_at = None;
             self.event_reads += 1;
         }
-        due
+        is_due
     }
 
     /// Whether the kubelet has reported missing content of this image, for a pod that has waited
@@ -188,11 +188,11 @@ impl WaitingPod {
     /// Whether only a new pod would start: the pod opted in, every image is here, and no container
     /// runs or has run. A pod with an ephemeral container is never stuck, because a user adds such
     /// containers to a running pod.
-    pub(super) fn is_stuck(&self, is_here: impl Fn(&Reference) -> bool) -> bool {
+    pub(super) fn is_stuck(&self, is_present: impl Fn(&Reference) -> bool) -> bool {
         let containers = &self.view.containers;
         self.opt_in.is_some()
             && !self.needed.is_empty()
-            && self.needed.iter().all(is_here)
+            && self.needed.iter().all(is_present)
             && containers.iter().all(|container| container.waiting.is_some())
             && containers.iter().all(|container| container.kind != ContainerKind::Ephemeral)
     }

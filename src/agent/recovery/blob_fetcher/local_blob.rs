@@ -41,8 +41,8 @@ impl LocalBlob {
         let mut bytes = Vec::new();
         let mut hasher = Hasher::default();
         while hasher.size() < size {
-            let left = usize::try_from(size - hasher.size()).unwrap_or(usize::MAX);
-            match reader.read_at(hasher.size(), left).await {
+            let remaining = usize::try_from(size - hasher.size()).unwrap_or(usize::MAX);
+            match reader.read_at(hasher.size(), remaining).await {
                 Ok(read) if read.is_empty() => break,
                 Ok(read) => {
                     hasher.update(&read);
@@ -62,8 +62,8 @@ impl BlobFetcher {
         if blob.size > MAX_DOCUMENT_BYTES {
             return Ok(false);
         }
-        let held = LocalBlob::read(&*self.store, blob.digest).await.map_err(RecoverError::store("reading a blob"))?;
-        Ok(matches!(held, LocalBlob::Damaged))
+        let stored = LocalBlob::read(&*self.store, blob.digest).await.map_err(RecoverError::store("reading a blob"))?;
+        Ok(matches!(stored, LocalBlob::Damaged))
     }
 
     /// Writes a blob that is wholly in memory. Wrong bytes of the same blob are discarded first,
@@ -73,27 +73,27 @@ impl BlobFetcher {
         bytes: Bytes,
         proof: BlobProof,
         pin: &Pin,
-        remembered: &BlobMetadata,
+        metadata: &BlobMetadata,
     ) -> Result<(), RecoverError> {
-        let failed = RecoverError::store;
+        let store_error = RecoverError::store;
         let digest = proof.digest();
-        let held = LocalBlob::read(&*self.store, digest).await.map_err(failed("reading a blob"))?;
-        let was_damaged = matches!(held, LocalBlob::Damaged);
+        let stored = LocalBlob::read(&*self.store, digest).await.map_err(store_error("reading a blob"))?;
+        let was_damaged = matches!(stored, LocalBlob::Damaged);
         let mut sources = Vec::new();
         if was_damaged {
             tracing::warn!(%digest, "the bytes in the content store are wrong and are replaced");
-            let blob = self.store.blob(digest).await.map_err(failed("looking for a damaged blob"))?;
+            let blob = self.store.blob(digest).await.map_err(store_error("looking for a damaged blob"))?;
             sources = blob.map(|blob| blob.sources).unwrap_or_default();
-            self.store.discard(digest, pin).await.map_err(failed("discarding a damaged blob"))?;
+            self.store.discard(digest, pin).await.map_err(store_error("discarding a damaged blob"))?;
         }
         let create = || self.store.create(digest, proof.size(), pin);
-        if let Some(mut writer) = self.open_for_writing(digest, remembered, create).await? {
-            writer.append(&[bytes]).await.map_err(failed("writing a blob"))?;
-            writer.commit(proof, remembered).await.map_err(failed("committing a blob"))?;
+        if let Some(mut writer) = self.open_for_writing(digest, metadata, create).await? {
+            writer.append(&[bytes]).await.map_err(store_error("writing a blob"))?;
+            writer.commit(proof, metadata).await.map_err(store_error("committing a blob"))?;
         }
         for source in sources {
-            let also = BlobMetadata { source: Some(source), children: Vec::new() };
-            self.store.add_metadata(digest, &also).await.map_err(failed("labeling a blob"))?;
+            let source_metadata = BlobMetadata { source: Some(source), children: Vec::new() };
+            self.store.add_metadata(digest, &source_metadata).await.map_err(store_error("labeling a blob"))?;
         }
         // A store that kept the wrong bytes must not get an image record for them.
         if was_damaged && !matches!(LocalBlob::read(&*self.store, digest).await, Ok(LocalBlob::Whole(..))) {

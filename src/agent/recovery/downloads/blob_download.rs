@@ -45,7 +45,7 @@ struct DownloadState {
 
 impl DownloadState {
     fn is_verified(&self, piece: u32) -> bool {
-        self.hash_chain.as_ref().is_some_and(|list| list.verifier.has_piece(piece as usize))
+        self.hash_chain.as_ref().is_some_and(|authored_chain| authored_chain.verifier.has_piece(piece as usize))
     }
 
     fn is_present(&self, piece: u32) -> bool {
@@ -101,9 +101,9 @@ pub(in crate::agent::recovery) enum StoredPiece {
 impl BlobDownload {
     pub(in crate::agent::recovery) fn new(blob: Descriptor, staged: Arc<dyn StagedBlob>) -> Self {
         let layout = PieceLayout::for_size(blob.size);
-        let left = staged.resumed_ranges().into_iter().flat_map(|range| layout.pieces_within(range));
-        let unchecked = left.filter_map(|piece| Some((u32::try_from(piece).ok()?, None))).collect();
-        let mut state = DownloadState { unverified: unchecked, ..DownloadState::default() };
+        let resumed = staged.resumed_ranges().into_iter().flat_map(|range| layout.pieces_within(range));
+        let unverified = resumed.filter_map(|piece| Some((u32::try_from(piece).ok()?, None))).collect();
+        let mut state = DownloadState { unverified, ..DownloadState::default() };
         if layout.piece_count() == 1
             && let Ok(chain) = HashChain::unverified(blob.digest, layout, Vec::new())
         {
@@ -126,16 +126,19 @@ impl BlobDownload {
 
     /// The hash chain in use and its author.
     pub(in crate::agent::recovery) fn hash_chain(&self) -> Option<(Arc<HashChain>, Option<PeerId>)> {
-        self.state().hash_chain.as_ref().map(|list| (Arc::clone(list.verifier.hash_chain()), list.author))
+        self.state()
+            .hash_chain
+            .as_ref()
+            .map(|authored_chain| (Arc::clone(authored_chain.verifier.hash_chain()), authored_chain.author))
     }
 
     /// Replaces the hash chain. All present pieces become unverified.
     pub(in crate::agent::recovery) fn set_hash_chain(&self, chain: Arc<HashChain>, author: PeerId) {
         let mut state = self.state();
-        if let Some(AuthoredChain { verifier: proving, .. }) = &state.hash_chain {
-            let fitted = (0..self.layout.piece_count()).filter(|piece| proving.has_piece(*piece));
-            let fitted: Vec<_> = fitted.filter_map(|piece| Some((u32::try_from(piece).ok()?, None))).collect();
-            state.unverified.extend(fitted);
+        if let Some(AuthoredChain { verifier, .. }) = &state.hash_chain {
+            let verified = (0..self.layout.piece_count()).filter(|piece| verifier.has_piece(*piece));
+            let verified: Vec<_> = verified.filter_map(|piece| Some((u32::try_from(piece).ok()?, None))).collect();
+            state.unverified.extend(verified);
         }
         state.hash_chain = Some(AuthoredChain { verifier: PieceVerifier::new(chain), author: Some(author) });
         state.prefixes = ChainPrefixes::default();
@@ -165,10 +168,10 @@ impl BlobDownload {
 
     /// The next piece to compare with a prefix. `is_alone` when the sender is the only provider of
     /// the blob.
-    pub(in crate::agent::recovery) fn next_prefix_check(&self, is_alone: bool) -> Option<PrefixCheck> {
+    pub(in crate::agent::recovery) fn next_prefix_check(&self, has_single_provider: bool) -> Option<PrefixCheck> {
         let state = self.state();
-        let unchecked = state.unverified.iter().filter_map(|(piece, from)| Some((*piece, (*from)?)));
-        state.prefixes.next_check(unchecked, is_alone)
+        let unverified = state.unverified.iter().filter_map(|(piece, from)| Some((*piece, (*from)?)));
+        state.prefixes.next_check(unverified, has_single_provider)
     }
 
     /// Whether the piece matches the prefix.
@@ -197,7 +200,10 @@ impl BlobDownload {
 
     /// A hasher for a piece that begins to arrive; `None` without a hash chain.
     pub(in crate::agent::recovery) fn hasher(&self, piece: u32) -> Option<PieceHasher> {
-        self.state().hash_chain.as_ref().map(|list| list.verifier.hash_chain().hasher(piece as usize))
+        self.state()
+            .hash_chain
+            .as_ref()
+            .map(|authored_chain| authored_chain.verifier.hash_chain().hasher(piece as usize))
     }
 
     /// Takes the slot of a piece whose bytes begin to arrive, and returns the piece's state. One
@@ -205,14 +211,14 @@ impl BlobDownload {
     /// complete the piece.
     pub(in crate::agent::recovery) fn acquire_slot(&self, piece: u32) -> (Arc<PieceSlot>, SlotState) {
         let mut state = self.state();
-        let is_here = state.is_present(piece);
+        let is_present = state.is_present(piece);
         let slot = state.piece_slots.entry(piece).or_default();
-        let found = match (is_here, Arc::strong_count(slot)) {
+        let slot_state = match (is_present, Arc::strong_count(slot)) {
             (true, _) => SlotState::Present,
             (false, 1) => SlotState::Free,
             (false, _) => SlotState::Taken,
         };
-        (Arc::clone(slot), found)
+        (Arc::clone(slot), slot_state)
     }
 
     /// Returns a slot. The slot ends with its last user.
@@ -232,27 +238,30 @@ impl BlobDownload {
         from: PeerId,
     ) -> ReceivedPiece {
         let mut state = self.state();
-        let arrived = match (&mut state.hash_chain, hasher) {
-            (Some(list), Some(hasher)) if hasher.has_start_state_of(list.verifier.hash_chain()) => {
-                if list.verifier.record(hasher) { ReceivedPiece::Valid } else { ReceivedPiece::Invalid }
-            }
-            // The piece began before this chain was in use, or no chain is in use.
-            _ => {
-                state.unverified.insert(piece, Some(from));
-                ReceivedPiece::Unverified
-            }
-        };
-        if arrived == ReceivedPiece::Valid {
+        let received =
+            match (&mut state.hash_chain, hasher) {
+                (Some(authored_chain), Some(hasher))
+                    if hasher.has_start_state_of(authored_chain.verifier.hash_chain()) =>
+                {
+                    if authored_chain.verifier.record(hasher) { ReceivedPiece::Valid } else { ReceivedPiece::Invalid }
+                }
+                // The piece began before this chain was in use, or no chain is in use.
+                _ => {
+                    state.unverified.insert(piece, Some(from));
+                    ReceivedPiece::Unverified
+                }
+            };
+        if received == ReceivedPiece::Valid {
             state.verified_senders.insert(from);
         }
-        if arrived != ReceivedPiece::Invalid {
+        if received != ReceivedPiece::Invalid {
             *state.bytes_by_peer.entry(from).or_default() += self.layout.piece_length(piece as usize);
         }
         drop(state);
-        if arrived == ReceivedPiece::Valid {
+        if received == ReceivedPiece::Valid {
             self.notify_followers();
         }
-        arrived
+        received
     }
 
     /// Whether the piece is here, verified or not.
@@ -280,8 +289,8 @@ impl BlobDownload {
     /// Whether the hashed bytes match the chain in use.
     pub(in crate::agent::recovery) fn matches_chain(&self, hasher: Option<&PieceHasher>) -> bool {
         let state = self.state();
-        let list = state.hash_chain.as_ref();
-        list.zip(hasher).is_some_and(|(list, hasher)| hasher.clone().is_valid_for(list.verifier.hash_chain()))
+        let authored_chain = state.hash_chain.as_ref();
+        authored_chain.zip(hasher).is_some_and(|(list, hasher)| hasher.clone().is_valid_for(list.verifier.hash_chain()))
     }
 
     /// Verifies a stored piece with the hash chain.
@@ -294,22 +303,22 @@ impl BlobDownload {
         let slot = self.acquire_slot(piece).0;
         let guard = slot.lock().await;
         self.hash_stored(piece, &mut hasher).await?;
-        let checked = self.record_stored(piece, &chain, hasher);
+        let stored = self.record_stored(piece, &chain, hasher);
         // The lock ends here, so no task can overwrite the bytes between the read and the verdict.
         drop(guard);
         self.release_slot(piece, slot);
-        if matches!(checked, StoredPiece::Valid(_)) {
+        if matches!(stored, StoredPiece::Valid(_)) {
             self.notify_followers();
         }
-        Ok(checked)
+        Ok(stored)
     }
 
     /// Hashes the stored bytes of a piece. The caller holds the slot's lock.
     async fn hash_stored(&self, piece: u32, hasher: &mut PieceHasher) -> Result<(), StoreError> {
         let (mut at, end) = self.bounds(piece);
         while at < end {
-            let most = usize::try_from(end - at).unwrap_or(READ_BYTES).min(READ_BYTES);
-            let bytes = self.staged.read_at(at, most).await?;
+            let limit = usize::try_from(end - at).unwrap_or(READ_BYTES).min(READ_BYTES);
+            let bytes = self.staged.read_at(at, limit).await?;
             if bytes.is_empty() {
                 break;
             }
@@ -323,22 +332,21 @@ impl BlobDownload {
     /// until a dispute shows whether the chain is wrong instead.
     fn record_stored(&self, piece: u32, chain: &Arc<HashChain>, hasher: PieceHasher) -> StoredPiece {
         let mut state = self.state();
-        let DownloadState { hash_chain: Some(list), unverified: unchecked, verified_senders: proven, .. } = &mut *state
-        else {
+        let DownloadState { hash_chain: Some(authored_chain), unverified, verified_senders, .. } = &mut *state else {
             return StoredPiece::ChainReplaced;
         };
-        if !Arc::ptr_eq(list.verifier.hash_chain(), chain) {
+        if !Arc::ptr_eq(authored_chain.verifier.hash_chain(), chain) {
             return StoredPiece::ChainReplaced;
         }
-        if list.verifier.record(hasher) {
-            let from = unchecked.remove(&piece).flatten();
-            proven.extend(from);
+        if authored_chain.verifier.record(hasher) {
+            let from = unverified.remove(&piece).flatten();
+            verified_senders.extend(from);
             return StoredPiece::Valid(from);
         }
-        match unchecked.get(&piece).copied().flatten() {
+        match unverified.get(&piece).copied().flatten() {
             Some(from) => StoredPiece::Invalid(Some(from)),
             None => {
-                unchecked.remove(&piece);
+                unverified.remove(&piece);
                 StoredPiece::Invalid(None)
             }
         }
@@ -410,11 +418,13 @@ impl PartialBlob for ServedDownload {
     fn piece_map(&self) -> Bits {
         let state = self.download.state();
         let pieces = self.download.layout.piece_count();
-        let mut held = Bits::none_of(pieces);
-        if let Some(list) = &state.hash_chain {
-            (0..pieces).filter(|piece| list.verifier.has_piece(*piece)).for_each(|piece| held.set(piece));
+        let mut piece_map = Bits::none_of(pieces);
+        if let Some(authored_chain) = &state.hash_chain {
+            (0..pieces)
+                .filter(|piece| authored_chain.verifier.has_piece(*piece))
+                .for_each(|piece| piece_map.set(piece));
         }
-        held
+        piece_map
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
@@ -422,7 +432,7 @@ impl PartialBlob for ServedDownload {
         changes.as_ref().map_or_else(|| watch::channel(0).1, watch::Sender::subscribe)
     }
 
-    async fn read_at(&self, offset: u64, most: usize) -> Result<Bytes, StoreError> {
-        self.download.staged.read_at(offset, most).await
+    async fn read_at(&self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
+        self.download.staged.read_at(offset, limit).await
     }
 }

@@ -55,17 +55,17 @@ impl ChainPrefixes {
         chain_requests: &HashMap<PeerId, Instant>,
         now: Instant,
     ) -> bool {
-        let mut gets_on = false;
-        for (author, beginning) in &self.prefixes {
-            let covers = beginning.hashed_bytes();
+        let mut is_progressing = false;
+        for (author, prefix) in &self.prefixes {
+            let hashed_bytes = prefix.hashed_bytes();
             let covered = self.covered_bytes.entry(*author).or_default();
-            let is_longer = covers > *covered;
-            *covered = covers.max(*covered);
+            let is_longer = hashed_bytes > *covered;
+            *covered = hashed_bytes.max(*covered);
             let since = chain_requests.get(author);
-            gets_on |=
-                is_longer && since.is_some_and(|since| is_fast_enough(covers, now.saturating_duration_since(*since)));
+            is_progressing |= is_longer
+                && since.is_some_and(|since| is_fast_enough(hashed_bytes, now.saturating_duration_since(*since)));
         }
-        gets_on
+        is_progressing
     }
 
     /// Removes a prefix whose chain is complete, or will not arrive.
@@ -77,18 +77,19 @@ impl ChainPrefixes {
     /// or if the chain matched a piece of another sender.
     pub(in crate::agent::recovery) fn next_check(
         &self,
-        unchecked: impl Iterator<Item = (u32, PeerId)>,
-        is_alone: bool,
+        unverified: impl Iterator<Item = (u32, PeerId)>,
+        has_single_provider: bool,
     ) -> Option<PrefixCheck> {
-        let authors = |piece: u32, sender: PeerId| {
-            self.prefixes.iter().find_map(|(author, beginning)| {
-                let counts = *author != sender || is_alone || self.corroborated_authors.contains(author);
+        let author_of_check = |piece: u32, sender: PeerId| {
+            self.prefixes.iter().find_map(|(author, prefix)| {
+                let is_usable = *author != sender || has_single_provider || self.corroborated_authors.contains(author);
                 let is_new = !self.checked_pairs.contains(&(sender, *author));
-                (counts && is_new && beginning.hasher(piece as usize).is_some()).then_some(*author)
+                (is_usable && is_new && prefix.hasher(piece as usize).is_some()).then_some(*author)
             })
         };
-        let mut unchecked = unchecked.filter(|(_, sender)| !self.matching_senders.contains(sender));
-        unchecked.find_map(|(piece, sender)| Some(PrefixCheck { piece, sender, author: authors(piece, sender)? }))
+        let mut unverified = unverified.filter(|(_, sender)| !self.matching_senders.contains(sender));
+        unverified
+            .find_map(|(piece, sender)| Some(PrefixCheck { piece, sender, author: author_of_check(piece, sender)? }))
     }
 
     /// A hasher for the piece's bytes; `None` when the prefix was removed meanwhile.
@@ -100,17 +101,17 @@ impl ChainPrefixes {
     pub(in crate::agent::recovery) fn record_check(&mut self, check: PrefixCheck, hasher: &PieceHasher) -> bool {
         let PrefixCheck { sender, author, .. } = check;
         self.checked_pairs.insert((sender, author));
-        let fits = self.prefixes.get(&author).is_some_and(|beginning| beginning.is_valid_piece(hasher));
-        if fits {
+        let is_valid = self.prefixes.get(&author).is_some_and(|prefix| prefix.is_valid_piece(hasher));
+        if is_valid {
             self.matching_senders.insert(sender);
             if author != sender {
                 self.corroborated_authors.insert(author);
             }
         }
-        fits
+        is_valid
     }
 }
 
-fn is_fast_enough(covers: u64, age: Duration) -> bool {
-    u128::from(covers) * 1000 >= u128::from(MIN_CHAIN_RATE) * age.as_millis()
+fn is_fast_enough(hashed_bytes: u64, age: Duration) -> bool {
+    u128::from(hashed_bytes) * 1000 >= u128::from(MIN_CHAIN_RATE) * age.as_millis()
 }

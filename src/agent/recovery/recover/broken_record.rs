@@ -14,11 +14,11 @@ impl Recoverer {
     /// [`RecoverError::Store`].
     pub(in crate::agent) async fn remove_broken_record(&self, reference: &Reference) -> Result<bool, RecoverError> {
         let Some(target) = self.recorded_target(reference).await? else { return Ok(false) };
-        let unpacked = self.snapshots_of(target).await?.snapshotters;
-        if !unpacked.is_empty() {
+        let snapshotters = self.snapshots_of(target).await?.snapshotters;
+        if !snapshotters.is_empty() {
             tracing::warn!(
                 %reference,
-                snapshotters = unpacked.join(", "),
+                snapshotters = snapshotters.join(", "),
                 "a broken image keeps its record, because a snapshotter has the image unpacked"
             );
             return Ok(false);
@@ -31,8 +31,8 @@ impl Recoverer {
 
     /// The snapshotters that have the image unpacked. The runtime finds a snapshot through the
     /// image's config, so an image without its documents counts as not unpacked.
-    async fn snapshots_of(&self, root: Digest) -> Result<Snapshots, RecoverError> {
-        let Some(config) = self.local_config(root).await? else { return Ok(Snapshots::default()) };
+    async fn snapshots_of(&self, image_digest: Digest) -> Result<Snapshots, RecoverError> {
+        let Some(config) = self.local_config(image_digest).await? else { return Ok(Snapshots::default()) };
         let Some(bytes) = self.read_local(config).await? else { return Ok(Snapshots::default()) };
         let top = RootFs::parse(&bytes).ok().and_then(|rootfs| rootfs.top_chain_id());
         let Some(top) = top else { return Ok(Snapshots::default()) };
@@ -40,8 +40,8 @@ impl Recoverer {
     }
 
     /// The digest of this platform's config, from the documents of this node.
-    async fn local_config(&self, root: Digest) -> Result<Option<Digest>, RecoverError> {
-        let mut digest = root;
+    async fn local_config(&self, image_digest: Digest) -> Result<Option<Digest>, RecoverError> {
+        let mut digest = image_digest;
         for _ in 0..=MAX_INDEX_DEPTH {
             let Some(bytes) = self.read_local(digest).await? else { return Ok(None) };
             match Document::parse(&bytes) {

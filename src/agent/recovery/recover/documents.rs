@@ -14,30 +14,30 @@ impl Recoverer {
     pub(super) async fn fetch_documents(
         &self,
         reference: &Reference,
-        root: Digest,
+        image_digest: Digest,
         providers: &[PeerId],
         pin: &Pin,
     ) -> Result<ImageDocuments, RecoverError> {
-        let (mut document, fetched) = self.blob_fetcher.document(reference, root, providers, pin).await?;
-        let root = fetched.descriptor.clone();
+        let (mut document, fetched) = self.blob_fetcher.document(reference, image_digest, providers, pin).await?;
+        let target = fetched.descriptor.clone();
         let mut documents = vec![fetched];
         let (mut indexes, mut has_platform) = (0, true);
         loop {
             let index = match document {
                 Document::Manifest(manifest) => {
                     if !has_platform {
-                        self.check_config(reference, &root, &manifest, providers).await?;
+                        self.check_config(reference, &target, &manifest, providers).await?;
                     }
-                    return Ok(ImageDocuments { target: root, documents, manifest });
+                    return Ok(ImageDocuments { target, documents, manifest });
                 }
                 Document::Index(index) => index,
             };
             indexes += 1;
             if indexes > MAX_INDEX_DEPTH {
-                let innermost = documents.last().map_or(root.digest, |brought| brought.descriptor.digest);
+                let innermost = documents.last().map_or(target.digest, |blob| blob.descriptor.digest);
                 return Err(RecoverError::NestedIndex { digest: innermost });
             }
-            let entry = self.select(&root, &index)?;
+            let entry = self.select(&target, &index)?;
             if let Some(sized) = index.select_for_size(&self.platform).filter(|sized| sized.digest != entry.digest) {
                 documents.extend(self.fetch_sized_documents(reference, sized, providers, pin).await?);
             }
@@ -74,7 +74,7 @@ impl Recoverer {
                         blobs: vec![digest],
                     });
                 }
-                brought => brought?,
+                result => result?,
             };
             documents.push(fetched);
             match document {
@@ -93,7 +93,7 @@ impl Recoverer {
     async fn check_config(
         &self,
         reference: &Reference,
-        root: &Descriptor,
+        target: &Descriptor,
         manifest: &Manifest,
         providers: &[PeerId],
     ) -> Result<(), RecoverError> {
@@ -104,7 +104,7 @@ impl Recoverer {
             .map_err(|source| RecoverError::Document { digest, source: source.into() })?;
         match self.platform.preference(&offered) {
             Some(_) => Ok(()),
-            None => Err(self.no_platform(root)),
+            None => Err(self.no_platform(target)),
         }
     }
 
@@ -123,13 +123,13 @@ impl Recoverer {
         }
     }
 
-    fn no_platform(&self, root: &Descriptor) -> RecoverError {
-        RecoverError::NoPlatform { digest: root.digest, platform: self.platform.clone() }
+    fn no_platform(&self, target: &Descriptor) -> RecoverError {
+        RecoverError::NoPlatform { digest: target.digest, platform: self.platform.clone() }
     }
 
     /// The entry of the index that the runtime of this node selects.
-    fn select<'a>(&self, root: &Descriptor, index: &'a Index) -> Result<&'a Descriptor, RecoverError> {
-        index.select(&self.platform).ok_or_else(|| self.no_platform(root))
+    fn select<'a>(&self, target: &Descriptor, index: &'a Index) -> Result<&'a Descriptor, RecoverError> {
+        index.select(&self.platform).ok_or_else(|| self.no_platform(target))
     }
 }
 

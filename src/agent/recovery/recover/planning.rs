@@ -22,9 +22,9 @@ impl Recoverer {
     ) -> Result<FetchPlan, RecoverError> {
         let mut present = HashSet::new();
         for blob in std::iter::once(&manifest.config).chain(&manifest.layers) {
-            let is_here =
+            let is_present =
                 self.store.blob(blob.digest).await.map_err(RecoverError::store("looking for blobs"))?.is_some();
-            if is_here && !(verify_layers && self.discard_if_damaged(blob, pin).await?) {
+            if is_present && !(verify_layers && self.discard_if_damaged(blob, pin).await?) {
                 present.insert(blob.digest);
             }
         }

@@ -92,11 +92,11 @@ mod tests {
     /// A blob under a pin, after a recovery of so many hours during which the store collects.
     async fn blob_after(hours: u32) -> (Arc<MemoryStore>, RecoveryPin, Digest) {
         let store = Arc::new(MemoryStore::new());
-        let pinned = RecoveryPin::new(Arc::clone(&store) as _).await.unwrap();
+        let recovery_pin = RecoveryPin::new(Arc::clone(&store) as _).await.unwrap();
         let bytes = bytes::Bytes::from_static(b"blob");
         let (digest, mut hasher) = (Digest::of(&bytes), Hasher::default());
         hasher.update(&bytes);
-        let mut writer = store.create(digest, 4, pinned.pin()).await.unwrap();
+        let mut writer = store.create(digest, 4, recovery_pin.pin()).await.unwrap();
         writer.append(&[bytes]).await.unwrap();
         writer.commit(hasher.verify(digest, 4).unwrap(), &BlobMetadata::default()).await.unwrap();
         let work = async {
@@ -105,21 +105,21 @@ mod tests {
                 store.collect();
             }
         };
-        pinned.renew_during(&"r.test/slow:1".parse().unwrap(), work).await;
-        (store, pinned, digest)
+        recovery_pin.renew_during(&"r.test/slow:1".parse().unwrap(), work).await;
+        (store, recovery_pin, digest)
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_recovery_of_five_hours_keeps_its_pin_with_half_a_life_left() {
-        let (store, pinned, digest) = blob_after(5).await;
+        let (store, recovery_pin, digest) = blob_after(5).await;
         assert!(store.blob(digest).await.unwrap().is_some(), "the pin keeps the blob");
-        assert!(pinned.remaining() >= PIN_LIFE / 2, "{:?} left", pinned.remaining());
+        assert!(recovery_pin.remaining() >= PIN_LIFE / 2, "{:?} left", recovery_pin.remaining());
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_pin_of_a_recovery_that_was_killed_ends_within_its_life() {
-        let (store, pinned, digest) = blob_after(5).await;
-        drop(pinned);
+        let (store, recovery_pin, digest) = blob_after(5).await;
+        drop(recovery_pin);
         tokio::time::advance(PIN_LIFE).await;
         store.collect();
         assert_eq!((store.blob(digest).await.unwrap(), store.pins()), (None, 0));
@@ -128,13 +128,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_failed_pin_renewal_does_not_stop_the_recovery() {
         let store = Arc::new(MemoryStore::new());
-        let pinned = RecoveryPin::new(Arc::clone(&store) as _).await.unwrap();
-        store.release(pinned.pin().clone()).await.unwrap();
+        let recovery_pin = RecoveryPin::new(Arc::clone(&store) as _).await.unwrap();
+        store.release(recovery_pin.pin().clone()).await.unwrap();
         let work = async {
             tokio::time::sleep(2 * HOUR).await;
             7
         };
-        assert_eq!(pinned.renew_during(&"r.test/slow:1".parse().unwrap(), work).await, 7);
-        assert_eq!(pinned.remaining(), Duration::ZERO);
+        assert_eq!(recovery_pin.renew_during(&"r.test/slow:1".parse().unwrap(), work).await, 7);
+        assert_eq!(recovery_pin.remaining(), Duration::ZERO);
     }
 }

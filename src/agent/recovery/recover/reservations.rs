@@ -14,10 +14,10 @@ impl Recoverer {
         let budgets = self.policy.borrow().budgets;
         plan.check_size(budgets.max_image_bytes)?;
         let measured = measure(&*self.store, &self.reservations).await;
-        let (before, disks) = measured.map_err(RecoverError::store("looking for room"))?;
+        let (measurement, disks) = measured.map_err(RecoverError::store("looking for room"))?;
         Ok(self.reservations.reserve(
             DiskNeed::of_missing(plan.missing_bytes()),
-            before,
+            measurement,
             disks,
             budgets.disk_floors(),
         )?)
@@ -30,8 +30,8 @@ impl Recoverer {
 
     /// Whether one of the recoveries that were refused for lack of space fits now.
     pub(in crate::agent) async fn take_freed_space(&self) -> bool {
-        let Ok((before, disks)) = measure(&*self.store, &self.reservations).await else { return false };
-        let lines = self.policy.borrow().budgets.disk_floors();
-        self.reservations.clear_refusals_if_freed(before, disks, lines)
+        let Ok((measurement, disks)) = measure(&*self.store, &self.reservations).await else { return false };
+        let floors = self.policy.borrow().budgets.disk_floors();
+        self.reservations.clear_rejected_if_freed(measurement, disks, floors)
     }
 }

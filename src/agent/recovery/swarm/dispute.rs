@@ -31,33 +31,35 @@ pub(super) enum DisputeOutcome {
 /// Settles whether the sender or the author is at fault.
 pub(super) async fn settle_dispute(
     fetcher: &dyn Fetcher,
-    incoming: &BlobDownload,
-    ours: &HashChain,
+    download: &BlobDownload,
+    author_chain: &HashChain,
     author: Option<PeerId>,
     sender: PeerId,
 ) -> DisputeOutcome {
     // The chain of a blob of one piece is empty and right. A sender whose piece contradicts its own
     // chain has lied.
     let Some(author) = author.filter(|author| *author != sender) else { return DisputeOutcome::SenderAtFault };
-    let (digest, layout) = (ours.digest(), ours.layout());
-    let theirs = match fetcher.fetch_hash_chain(sender, digest, layout, &mut |_| ()).await {
+    let (digest, layout) = (author_chain.digest(), author_chain.layout());
+    let sender_chain = match fetcher.fetch_hash_chain(sender, digest, layout, &mut |_| ()).await {
         Ok(chain) => Arc::new(chain),
         // The sender could not compute a chain that ends at the digest, or violated the protocol.
         Err(FetchError::StoreFailed { .. } | FetchError::Protocol { .. }) => return DisputeOutcome::SenderAtFault,
         Err(error) => return DisputeOutcome::NoAnswer(error),
     };
-    let Some(dispute) = ChainConflict::between(ours, &theirs) else { return DisputeOutcome::SenderAtFault };
-    let Ok(piece) = u32::try_from(dispute.piece()) else { return DisputeOutcome::SenderAtFault };
-    if incoming.is_verified(piece) {
+    let Some(conflict) = ChainConflict::between(author_chain, &sender_chain) else {
+        return DisputeOutcome::SenderAtFault;
+    };
+    let Ok(piece) = u32::try_from(conflict.piece()) else { return DisputeOutcome::SenderAtFault };
+    if download.is_verified(piece) {
         return DisputeOutcome::SenderAtFault;
     }
-    match is_piece_valid(fetcher, sender, &theirs, piece).await {
-        Ok(true) => return DisputeOutcome::AuthorAtFault(theirs),
+    match is_piece_valid(fetcher, sender, &sender_chain, piece).await {
+        Ok(true) => return DisputeOutcome::AuthorAtFault(sender_chain),
         Ok(false) => {}
         Err(error) => return DisputeOutcome::NoAnswer(error),
     }
     // An author that does not answer is not accused.
-    match is_piece_valid(fetcher, author, ours, piece).await {
+    match is_piece_valid(fetcher, author, author_chain, piece).await {
         Ok(false) => DisputeOutcome::BothAtFault,
         Ok(true) | Err(_) => DisputeOutcome::SenderAtFault,
     }
@@ -74,11 +76,11 @@ async fn is_piece_valid(
     piece: u32,
 ) -> Result<bool, FetchError> {
     let digest = chain.digest();
-    let order = PieceRequest { peer, digest, layout: chain.layout(), pieces: vec![piece], limit: 1 };
-    let mut sink = PieceCheckSink { list: chain, hasher: None, is_valid: None };
-    let fetched = fetcher.fetch_pieces(&order, &mut sink).await;
+    let request = PieceRequest { peer, digest, layout: chain.layout(), pieces: vec![piece], limit: 1 };
+    let mut sink = PieceCheckSink { hash_chain: chain, hasher: None, is_valid: None };
+    let fetched = fetcher.fetch_pieces(&request, &mut sink).await;
     match (sink.is_valid, fetched) {
-        (Some(fits), _) => Ok(fits),
+        (Some(is_valid), _) => Ok(is_valid),
         (None, Err(error)) => Err(error),
         (None, Ok(())) => Err(FetchError::Absent { peer, digest }),
     }
@@ -86,7 +88,7 @@ async fn is_piece_valid(
 
 /// Hashes one piece and drops the bytes.
 struct PieceCheckSink<'a> {
-    list: &'a HashChain,
+    hash_chain: &'a HashChain,
     hasher: Option<PieceHasher>,
     /// `None` until the whole piece has arrived.
     is_valid: Option<bool>,
@@ -95,7 +97,7 @@ struct PieceCheckSink<'a> {
 #[async_trait]
 impl PieceSink for PieceCheckSink<'_> {
     fn begin(&mut self, piece: u32) {
-        self.hasher = Some(self.list.hasher(piece as usize));
+        self.hasher = Some(self.hash_chain.hasher(piece as usize));
     }
 
     async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
@@ -106,8 +108,8 @@ impl PieceSink for PieceCheckSink<'_> {
     }
 
     async fn end(&mut self) -> Result<(), PieceError> {
-        let fits = self.hasher.take().is_some_and(|hasher| hasher.is_valid_for(self.list));
-        self.is_valid = Some(fits);
-        if fits { Ok(()) } else { Err(PieceError::Mismatch) }
+        let is_valid = self.hasher.take().is_some_and(|hasher| hasher.is_valid_for(self.hash_chain));
+        self.is_valid = Some(is_valid);
+        if is_valid { Ok(()) } else { Err(PieceError::Mismatch) }
     }
 }

@@ -52,17 +52,17 @@ enum WriteMode {
 impl DownloadSink {
     pub(super) fn new(
         shared: Arc<SwarmShared>,
-        incoming: Arc<BlobDownload>,
+        download: Arc<BlobDownload>,
         request: PieceRequestId,
         peer: PeerId,
     ) -> Self {
-        Self { shared, download: incoming, request, peer, current: None }
+        Self { shared, download, request, peer, current: None }
     }
 
     /// Releases the slot of a piece that did not arrive completely.
     fn abandon_piece(&mut self) {
-        if let Some(CurrentPiece { piece, slot: place, .. }) = self.current.take() {
-            self.download.release_slot(piece, place);
+        if let Some(CurrentPiece { piece, slot, .. }) = self.current.take() {
+            self.download.release_slot(piece, slot);
         }
     }
 
@@ -74,9 +74,9 @@ impl DownloadSink {
         mode: WriteMode,
         guard: &mut Option<OwnedMutexGuard<LastWriter>>,
     ) -> Result<Option<ReceivedPiece>, StoreError> {
-        let is_mine = guard.as_ref().is_some_and(|last| last.is_none_or(|ask| ask == self.request));
+        let is_last_writer = guard.as_ref().is_some_and(|last| last.is_none_or(|id| id == self.request));
         match mode {
-            WriteMode::Write if is_mine => Ok(Some(self.download.record_received(piece, hasher, self.peer))),
+            WriteMode::Write if is_last_writer => Ok(Some(self.download.record_received(piece, hasher, self.peer))),
             WriteMode::Write | WriteMode::Discard => Ok(None),
             WriteMode::Buffer(..) if self.download.is_present(piece) => Ok(None),
             WriteMode::Buffer(bytes, _permit) => {
@@ -99,9 +99,9 @@ impl PieceSink for DownloadSink {
     fn begin(&mut self, piece: u32) {
         self.abandon_piece();
         self.shared.picker().begin_piece(self.request, piece, super::now());
-        let (slot, found) = self.download.acquire_slot(piece);
+        let (slot, slot_state) = self.download.acquire_slot(piece);
         let at = self.download.bounds(piece).0;
-        let mode = match found {
+        let mode = match slot_state {
             SlotState::Free => WriteMode::Write,
             SlotState::Present => WriteMode::Discard,
             SlotState::Taken => match Arc::clone(&self.shared.buffer_permits).try_acquire_owned() {
@@ -121,10 +121,10 @@ impl PieceSink for DownloadSink {
         }
         match &mut current.mode {
             WriteMode::Discard => {}
-            WriteMode::Buffer(waiting, _) => chunks.iter().for_each(|chunk| waiting.extend_from_slice(chunk)),
+            WriteMode::Buffer(buffer, _) => chunks.iter().for_each(|chunk| buffer.extend_from_slice(chunk)),
             WriteMode::Write => {
                 let last = Arc::clone(&current.slot).lock_owned().await;
-                if last.is_none_or(|ask| ask == self.request) && !self.download.is_present(current.piece) {
+                if last.is_none_or(|id| id == self.request) && !self.download.is_present(current.piece) {
                     drop(write_chunks(&self.download, current.at, chunks.to_vec(), last, self.request).await?);
                 } else {
                     current.mode = WriteMode::Discard;
@@ -138,23 +138,23 @@ impl PieceSink for DownloadSink {
     async fn end(&mut self) -> Result<(), PieceError> {
         let Some(CurrentPiece { piece, hasher, slot, mode, at: _ }) = self.current.take() else { return Ok(()) };
         let mut guard = Some(Arc::clone(&slot).lock_owned().await);
-        let judged = self.finish_piece(piece, hasher, mode, &mut guard).await;
+        let received = self.finish_piece(piece, hasher, mode, &mut guard).await;
         // The lock ends here, so no other task writes between the last byte and the record of the
         // piece.
         drop(guard);
         self.download.release_slot(piece, slot);
-        if judged? == Some(ReceivedPiece::Invalid) {
+        if received? == Some(ReceivedPiece::Invalid) {
             return Err(PieceError::Mismatch);
         }
         if self.download.is_present(piece) {
-            let mut pool = self.shared.picker();
-            pool.complete_piece(self.request, piece, super::now());
+            let mut picker = self.shared.picker();
+            picker.complete_piece(self.request, piece, super::now());
             if self.download.has_valid_piece_from(self.peer) {
-                pool.record_verified_piece(self.peer, self.download.blob().digest);
+                picker.record_verified_piece(self.peer, self.download.blob().digest);
             }
             // A canceled request may have brought the piece all the same.
-            pool.mark_piece_present(self.download.blob().digest, piece);
-            drop(pool);
+            picker.mark_piece_present(self.download.blob().digest, piece);
+            drop(picker);
             self.shared.piece_received.notify_one();
         }
         Ok(())
@@ -164,14 +164,14 @@ impl PieceSink for DownloadSink {
 /// Writes the chunks, and keeps the slot's lock until the write ends. A pending write continues in
 /// a task of its own, even if the request is canceled.
 async fn write_chunks(
-    incoming: &BlobDownload,
+    download: &BlobDownload,
     at: u64,
     chunks: Vec<Bytes>,
     mut last: OwnedMutexGuard<LastWriter>,
     request: PieceRequestId,
 ) -> Result<OwnedMutexGuard<LastWriter>, StoreError> {
     *last = Some(request);
-    let staged = Arc::clone(incoming.staged());
+    let staged = Arc::clone(download.staged());
     let mut writing = Box::pin(async move {
         staged.write_at(at, &chunks).await?;
         Ok(last)

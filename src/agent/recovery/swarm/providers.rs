@@ -46,26 +46,26 @@ impl Swarm<'_> {
             return;
         };
         let mut providers = self.providers(attempts);
-        providers.retain(|candidate| !fetching.accused_peers.contains(&candidate.peer));
+        providers.retain(|provider| !fetching.accused_peers.contains(&provider.peer));
         self.shared.picker().set_providers(digest, &providers);
     }
 
     /// Providers and partial providers of the blob, without the excluded peers.
     pub(super) fn providers(&self, attempts: &Attempts) -> Vec<Provider> {
         let providers = self.blob_fetcher.providers(attempts);
-        let (trust, now) = (self.blob_fetcher.trust(), now());
-        let standing = |peer| match trust.standing(peer, now) {
+        let (faults, now) = (self.blob_fetcher.peer_faults(), now());
+        let standing = |peer| match faults.standing(peer, now) {
             Standing::Good => 0,
             Standing::Troubled(_) => 1,
             Standing::Lying => 2,
         };
         providers
             .into_iter()
-            .map(|source| Provider {
-                peer: source.peer,
-                zone: source.zone,
-                is_whole: source.whole,
-                standing: standing(source.peer),
+            .map(|provider| Provider {
+                peer: provider.peer,
+                zone: provider.zone,
+                is_whole: provider.whole,
+                standing: standing(provider.peer),
             })
             .collect()
     }
@@ -82,9 +82,10 @@ impl Swarm<'_> {
         let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), attempts, .. }) = self.active.get(&digest) else {
             return;
         };
-        let patient =
+        let is_waiting =
             fetching.chain_requests.values().any(|since| now.saturating_duration_since(*since) < CHAIN_HEDGE_DELAY);
-        if patient || fetching.chain_requests.len() >= MAX_CHAIN_REQUESTS || fetching.download.hash_chain().is_some() {
+        if is_waiting || fetching.chain_requests.len() >= MAX_CHAIN_REQUESTS || fetching.download.hash_chain().is_some()
+        {
             return;
         }
         let mut providers = self.providers(attempts);
@@ -92,10 +93,10 @@ impl Swarm<'_> {
             !fetching.chain_requests.contains_key(peer)
                 && fetching.no_chain_until.get(peer).is_none_or(|until| *until <= now)
         };
-        providers.retain(|candidate| is_free(&candidate.peer));
+        providers.retain(|provider| is_free(&provider.peer));
         // A whole provider can always compute the chain. A partial provider has the chain only
         // after the chain's arrival.
-        providers.sort_by_key(|candidate| (candidate.standing, !candidate.is_whole, rand::random::<u32>()));
+        providers.sort_by_key(|provider| (provider.standing, !provider.is_whole, rand::random::<u32>()));
         let Some(Provider { peer, .. }) = providers.first() else { return };
         let (peer, layout) = (*peer, fetching.download.layout());
         if let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), .. }) = self.active.get_mut(&digest) {
@@ -124,14 +125,14 @@ impl Swarm<'_> {
             self.refresh_within(PROVIDER_RETRY);
             return Ok(());
         }
-        let Some(coming) = self.active.get_mut(&digest) else { return Ok(()) };
-        let is_away = matches!(
+        let Some(active_blob) = self.active.get_mut(&digest) else { return Ok(()) };
+        let is_unreachable = matches!(
             error,
             FetchError::Unreachable { .. } | FetchError::NotAdmitted { .. } | FetchError::Stalled { .. }
         );
-        let until = self.blob_fetcher.record_failure(&mut coming.attempts, peer, error)?;
+        let until = self.blob_fetcher.record_failure(&mut active_blob.attempts, peer, error)?;
         // A peer that lied about one blob, or has lost the blob, may have the others.
-        if let Some(until) = until.filter(|_| is_away) {
+        if let Some(until) = until.filter(|_| is_unreachable) {
             self.shared.picker().exclude_peer(peer, until);
         }
         self.update_providers(digest);

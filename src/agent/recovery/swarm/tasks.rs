@@ -36,13 +36,13 @@ impl Swarm<'_> {
     }
 
     pub(super) fn spawn_follow(&mut self, peer: PeerId, digest: Digest) {
-        let Some(incoming) = self.download(digest) else { return };
+        let Some(download) = self.download(digest) else { return };
         let (fetcher, shared) = (Arc::clone(&self.blob_fetcher.fetcher), Arc::clone(&self.shared));
         let task = self.tasks.spawn(async move {
             let followed = async {
-                let mut following = fetcher.follow(peer, digest, incoming.layout()).await?;
+                let mut updates = fetcher.follow(peer, digest, download.layout()).await?;
                 loop {
-                    let update = following.next().await?;
+                    let update = updates.next().await?;
                     shared.picker().record_piece_map(peer, digest, &update, now());
                     shared.piece_received.notify_one();
                     if update == PieceMapUpdate::HaveAll {
@@ -58,27 +58,27 @@ impl Swarm<'_> {
         self.followed_providers.insert((peer, digest), task);
     }
 
-    pub(super) fn spawn_request(&mut self, request: PickedRequest) {
-        let PickedRequest { id, request: order } = request;
-        let (peer, digest) = (order.peer, order.digest);
-        let Some(incoming) = self.download(digest) else {
+    pub(super) fn spawn_request(&mut self, picked: PickedRequest) {
+        let PickedRequest { id, request } = picked;
+        let (peer, digest) = (request.peer, request.digest);
+        let Some(download) = self.download(digest) else {
             return self.shared.picker().end_request(id, RequestEnd::Failed, now());
         };
         let fetcher = Arc::clone(&self.blob_fetcher.fetcher);
-        let mut sink = DownloadSink::new(Arc::clone(&self.shared), incoming, id, peer);
+        let mut sink = DownloadSink::new(Arc::clone(&self.shared), download, id, peer);
         let task = self.tasks.spawn(async move {
-            let fetched = fetcher.fetch_pieces(&order, &mut sink).await;
+            let fetched = fetcher.fetch_pieces(&request, &mut sink).await;
             TaskResult::RequestEnded(id, fetched)
         });
         self.requests.insert(id, (peer, digest, task));
     }
 
     pub(super) fn spawn_chain_fetch(&mut self, peer: PeerId, digest: Digest, layout: PieceLayout) {
-        let Some(incoming) = self.download(digest) else { return };
+        let Some(download) = self.download(digest) else { return };
         let (fetcher, shared) = (Arc::clone(&self.blob_fetcher.fetcher), Arc::clone(&self.shared));
         self.tasks.spawn(async move {
             let mut on_states = |states: &[HashState]| {
-                incoming.extend_prefix(peer, states);
+                download.extend_prefix(peer, states);
                 shared.piece_received.notify_one();
             };
             TaskResult::ChainFetched(peer, digest, fetcher.fetch_hash_chain(peer, digest, layout, &mut on_states).await)
@@ -86,12 +86,12 @@ impl Swarm<'_> {
     }
 
     /// Compares the senders' first pieces with the prefixes of hash chains.
-    pub(super) fn spawn_prefix_checks(&mut self, incoming: Arc<BlobDownload>, is_alone: bool) {
+    pub(super) fn spawn_prefix_checks(&mut self, download: Arc<BlobDownload>, has_single_provider: bool) {
         let shared = Arc::clone(&self.shared);
         self.tasks.spawn(async move {
-            let digest = incoming.blob().digest;
-            while let Some(check) = incoming.next_prefix_check(is_alone) {
-                match incoming.check_prefix(check).await {
+            let digest = download.blob().digest;
+            while let Some(check) = download.next_prefix_check(has_single_provider) {
+                match download.check_prefix(check).await {
                     Ok(true) => shared.picker().record_verified_piece(check.sender, digest),
                     Ok(false) => shared.picker().record_mismatch(check.sender, digest, now()),
                     Err(error) => return TaskResult::PiecesVerified(digest, Err(error)),
@@ -101,19 +101,19 @@ impl Swarm<'_> {
         });
     }
 
-    pub(super) fn spawn_verification(&mut self, incoming: Arc<BlobDownload>) {
+    pub(super) fn spawn_verification(&mut self, download: Arc<BlobDownload>) {
         let shared = Arc::clone(&self.shared);
         self.tasks.spawn(async move {
-            let (mut wrong, digest) = (Vec::new(), incoming.blob().digest);
-            for piece in incoming.unverified() {
-                match incoming.verify_stored(piece).await {
+            let (mut invalid_pieces, digest) = (Vec::new(), download.blob().digest);
+            for piece in download.unverified() {
+                match download.verify_stored(piece).await {
                     Ok(StoredPiece::Valid(from)) => {
                         from.iter().for_each(|peer| shared.picker().record_verified_piece(*peer, digest))
                     }
-                    Ok(StoredPiece::Invalid(None)) => wrong.push((piece, None)),
+                    Ok(StoredPiece::Invalid(None)) => invalid_pieces.push((piece, None)),
                     // A dispute settles the fault before more pieces are discarded.
                     Ok(StoredPiece::Invalid(from)) => {
-                        wrong.push((piece, from));
+                        invalid_pieces.push((piece, from));
                         break;
                     }
                     Ok(StoredPiece::ChainReplaced) => break,
@@ -121,30 +121,30 @@ impl Swarm<'_> {
                 }
                 tokio::task::yield_now().await;
             }
-            TaskResult::PiecesVerified(digest, Ok(wrong))
+            TaskResult::PiecesVerified(digest, Ok(invalid_pieces))
         });
     }
 
-    fn spawn_dispute(&mut self, incoming: Arc<BlobDownload>, peer: PeerId, piece: u32) {
+    fn spawn_dispute(&mut self, download: Arc<BlobDownload>, peer: PeerId, piece: u32) {
         let fetcher = Arc::clone(&self.blob_fetcher.fetcher);
         self.tasks.spawn(async move {
-            let digest = incoming.blob().digest;
-            let Some((ours, author)) = incoming.hash_chain() else {
+            let digest = download.blob().digest;
+            let Some((chain, author)) = download.hash_chain() else {
                 return TaskResult::DisputeSettled(peer, digest, piece, DisputeOutcome::SenderAtFault);
             };
-            let settled =
-                tokio::time::timeout(DISPUTE_TIMEOUT, settle_dispute(&*fetcher, &incoming, &ours, author, peer)).await;
+            let outcome =
+                tokio::time::timeout(DISPUTE_TIMEOUT, settle_dispute(&*fetcher, &download, &chain, author, peer)).await;
             let seconds = DISPUTE_TIMEOUT.as_secs();
-            let slow = |_| DisputeOutcome::NoAnswer(FetchError::Stalled { peer, digest, seconds });
-            TaskResult::DisputeSettled(peer, digest, piece, settled.unwrap_or_else(slow))
+            let on_timeout = |_| DisputeOutcome::NoAnswer(FetchError::Stalled { peer, digest, seconds });
+            TaskResult::DisputeSettled(peer, digest, piece, outcome.unwrap_or_else(on_timeout))
         });
     }
 
-    pub(super) fn spawn_commit(&mut self, incoming: Arc<BlobDownload>, proof: BlobProof) {
-        let remembered = BlobMetadata { source: Some(self.reference.repository().clone()), children: Vec::new() };
+    pub(super) fn spawn_commit(&mut self, download: Arc<BlobDownload>, proof: BlobProof) {
+        let metadata = BlobMetadata { source: Some(self.reference.repository().clone()), children: Vec::new() };
         self.tasks.spawn(async move {
-            let committed = incoming.staged().commit(proof, &remembered).await;
-            TaskResult::Committed(incoming.blob().digest, committed)
+            let committed = download.staged().commit(proof, &metadata).await;
+            TaskResult::Committed(download.blob().digest, committed)
         });
     }
 
@@ -155,7 +155,7 @@ impl Swarm<'_> {
 
     fn download(&self, digest: Digest) -> Option<Arc<BlobDownload>> {
         match &self.active.get(&digest)?.stage {
-            BlobStage::Fetching(FetchingStage { download: incoming, .. }) => Some(Arc::clone(incoming)),
+            BlobStage::Fetching(FetchingStage { download, .. }) => Some(Arc::clone(download)),
             BlobStage::Preparing | BlobStage::Committing(_) => None,
         }
     }
@@ -167,20 +167,20 @@ impl Swarm<'_> {
     pub(super) fn handle(&mut self, done: TaskResult) -> Result<(), RecoverError> {
         match done {
             TaskResult::Prepared(digest, prepared) => self.on_prepared(digest, prepared?),
-            TaskResult::RequestEnded(ask, result) => self.on_request_ended(ask, result)?,
+            TaskResult::RequestEnded(id, result) => self.on_request_ended(id, result)?,
             TaskResult::FollowEnded(peer, digest, error) => {
                 self.record_failure(digest, peer, error)?;
             }
-            TaskResult::ChainFetched(peer, digest, listed) => self.on_chain_fetched(peer, digest, listed)?,
+            TaskResult::ChainFetched(peer, digest, result) => self.on_chain_fetched(peer, digest, result)?,
             TaskResult::PiecesVerified(digest, checked) => self.on_pieces_verified(digest, checked)?,
             TaskResult::DisputeSettled(peer, digest, piece, verdict) => {
                 self.on_dispute_settled(peer, digest, piece, verdict)?
             }
             TaskResult::Committed(digest, committed) => self.on_committed(digest, committed)?,
             TaskResult::ZoneClaimed(result) => {
-                if let Some(zones) = &mut self.zone_election {
+                if let Some(election) = &mut self.zone_election {
                     let inventory = &self.blob_fetcher.inventory;
-                    zones.record_claim(result, |node| inventory.peer_on_node(node), now());
+                    election.record_claim(result, |node| inventory.peer_on_node(node), now());
                 }
             }
         }
@@ -189,25 +189,25 @@ impl Swarm<'_> {
 
     fn on_prepared(&mut self, digest: Digest, prepared: PreparedBlob) {
         let staged = match prepared {
-            PreparedBlob::Present(brought) => {
+            PreparedBlob::Present(blob) => {
                 self.active.remove(&digest);
-                self.add_fetched(brought);
+                self.add_fetched(blob);
                 return;
             }
             PreparedBlob::Staged(staged) => staged,
         };
-        let Some(coming) = self.active.get_mut(&digest) else { return };
-        coming.last_progress = now();
-        let incoming = Arc::new(BlobDownload::new(coming.blob.clone(), staged));
-        let mut pool = self.shared.picker();
-        pool.add_blob(digest, incoming.layout());
-        if incoming.hash_chain().is_some() {
-            pool.mark_hash_chain_ready(digest);
+        let Some(active_blob) = self.active.get_mut(&digest) else { return };
+        active_blob.last_progress = now();
+        let download = Arc::new(BlobDownload::new(active_blob.blob.clone(), staged));
+        let mut picker = self.shared.picker();
+        picker.add_blob(digest, download.layout());
+        if download.hash_chain().is_some() {
+            picker.mark_hash_chain_ready(digest);
         }
-        incoming.unverified().into_iter().for_each(|piece| pool.mark_piece_present(digest, piece));
-        drop(pool);
-        self.blob_fetcher.downloads.insert(&incoming);
-        coming.stage = BlobStage::Fetching(FetchingStage::new(incoming));
+        download.unverified().into_iter().for_each(|piece| picker.mark_piece_present(digest, piece));
+        drop(picker);
+        self.blob_fetcher.downloads.insert(&download);
+        active_blob.stage = BlobStage::Fetching(FetchingStage::new(download));
         self.update_providers(digest);
         self.update_zone_peers();
         self.request_hash_chain(digest);
@@ -221,17 +221,17 @@ impl Swarm<'_> {
     ) -> Result<(), RecoverError> {
         // A canceled request ended before its task was aborted.
         let Some((peer, digest, _)) = self.requests.remove(&request) else { return Ok(()) };
-        let how = match &result {
+        let end = match &result {
             Ok(()) => RequestEnd::Done,
             Err(FetchError::Busy { .. }) => RequestEnd::Busy,
             Err(_) => RequestEnd::Failed,
         };
-        self.shared.picker().end_request(request, how, now());
+        self.shared.picker().end_request(request, end, now());
         match result {
             Ok(()) => {
-                let Some(incoming) = self.download(digest) else { return Ok(()) };
-                if incoming.bytes_by_peer().contains_key(&peer) {
-                    self.blob_fetcher.trust().record_success(peer);
+                let Some(download) = self.download(digest) else { return Ok(()) };
+                if download.bytes_by_peer().contains_key(&peer) {
+                    self.blob_fetcher.peer_faults().record_success(peer);
                 }
             }
             Err(FetchError::Busy { .. }) => self.blob_fetcher.metrics.peer_at_fault("busy"),
@@ -250,12 +250,12 @@ impl Swarm<'_> {
             return;
         };
         let is_new = fetching.accused_peers.insert(peer);
-        let settle = is_new && fetching.open_disputes < MAX_DISPUTES;
-        fetching.open_disputes += usize::from(settle);
-        let incoming = Arc::clone(&fetching.download);
+        let starts_dispute = is_new && fetching.open_disputes < MAX_DISPUTES;
+        fetching.open_disputes += usize::from(starts_dispute);
+        let download = Arc::clone(&fetching.download);
         self.update_providers(digest);
-        if settle {
-            self.spawn_dispute(incoming, peer, piece);
+        if starts_dispute {
+            self.spawn_dispute(download, peer, piece);
         }
     }
 
@@ -273,18 +273,18 @@ impl Swarm<'_> {
         // The other accused senders get requests again after the last dispute, or if the chain was
         // wrong.
         let is_last = fetching.open_disputes == 0;
-        let is_list_wrong = matches!(verdict, DisputeOutcome::AuthorAtFault(_) | DisputeOutcome::BothAtFault);
+        let is_chain_wrong = matches!(verdict, DisputeOutcome::AuthorAtFault(_) | DisputeOutcome::BothAtFault);
         fetching.accused_peers.remove(&peer);
-        if is_last || is_list_wrong {
+        if is_last || is_chain_wrong {
             fetching.accused_peers.clear();
         }
-        let incoming = Arc::clone(&fetching.download);
-        let author = incoming.hash_chain().and_then(|(_, author)| author);
+        let download = Arc::clone(&fetching.download);
+        let author = download.hash_chain().and_then(|(_, author)| author);
         let is_adopted = match verdict {
             DisputeOutcome::SenderAtFault => self.record_fault(digest, peer, piece).map(|()| false)?,
             DisputeOutcome::NoAnswer(error) => self.record_failure(digest, peer, error).map(|()| false)?,
             DisputeOutcome::AuthorAtFault(chain) => {
-                incoming.set_hash_chain(chain, peer);
+                download.set_hash_chain(chain, peer);
                 author.map_or(Ok(()), |author| self.record_fault(digest, author, piece))?;
                 true
             }
@@ -294,7 +294,7 @@ impl Swarm<'_> {
                 false
             }
         };
-        if !is_adopted && incoming.discard(piece) {
+        if !is_adopted && download.discard(piece) {
             self.shared.picker().discard_piece(digest, piece);
         }
         self.update_providers(digest);
@@ -320,7 +320,7 @@ impl Swarm<'_> {
         &mut self,
         peer: PeerId,
         digest: Digest,
-        listed: Result<HashChain, FetchError>,
+        result: Result<HashChain, FetchError>,
     ) -> Result<(), RecoverError> {
         let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), .. }) = self.active.get_mut(&digest) else {
             return Ok(());
@@ -328,7 +328,7 @@ impl Swarm<'_> {
         fetching.chain_requests.remove(&peer);
         fetching.download.drop_prefix(peer);
         fetching.no_chain_until.insert(peer, now() + HASH_CHAIN_RETRY);
-        match listed {
+        match result {
             Ok(chain) if fetching.download.hash_chain().is_none() => {
                 fetching.download.set_hash_chain(Arc::new(chain), peer);
                 self.shared.picker().mark_hash_chain_ready(digest);
@@ -348,13 +348,13 @@ impl Swarm<'_> {
         digest: Digest,
         checked: Result<Vec<(u32, Option<PeerId>)>, StoreError>,
     ) -> Result<(), RecoverError> {
-        let wrong = checked.map_err(RecoverError::store("checking what was written"))?;
+        let invalid_pieces = checked.map_err(RecoverError::store("checking what was written"))?;
         let Some(ActiveBlob { stage: BlobStage::Fetching(fetching), .. }) = self.active.get_mut(&digest) else {
             return Ok(());
         };
         fetching.is_verifying = false;
-        let incoming = Arc::clone(&fetching.download);
-        for (piece, sender) in wrong {
+        let download = Arc::clone(&fetching.download);
+        for (piece, sender) in invalid_pieces {
             match sender {
                 // No dispute can settle the fault of an unknown sender, or of a sender that is
                 // accused already.
@@ -362,8 +362,8 @@ impl Swarm<'_> {
                     self.on_invalid_piece(sender, digest, piece)
                 }
                 Some(_) | None => {
-                    incoming.discard(piece);
-                    if !incoming.is_verified(piece) {
+                    download.discard(piece);
+                    if !download.is_verified(piece) {
                         self.shared.picker().discard_piece(digest, piece);
                     }
                 }
@@ -376,30 +376,30 @@ impl Swarm<'_> {
     fn on_committed(&mut self, digest: Digest, committed: Result<(), StoreError>) -> Result<(), RecoverError> {
         committed.map_err(RecoverError::store("committing a blob"))?;
         self.report_progress();
-        let Some(coming) = self.active.remove(&digest) else { return Ok(()) };
-        if let BlobStage::Committing(incoming) = coming.stage {
-            self.blob_fetcher.downloads.remove(&incoming);
-            if let Some((chain, _)) = incoming.hash_chain() {
+        let Some(active_blob) = self.active.remove(&digest) else { return Ok(()) };
+        if let BlobStage::Committing(download) = active_blob.stage {
+            self.blob_fetcher.downloads.remove(&download);
+            if let Some((chain, _)) = download.hash_chain() {
                 self.blob_fetcher.fetcher.keep_hash_chain(chain);
             }
-            self.add_fetched(FetchedBlob { descriptor: coming.blob, from: Some(incoming.bytes_by_peer()) });
+            self.add_fetched(FetchedBlob { descriptor: active_blob.blob, from: Some(download.bytes_by_peer()) });
         }
         Ok(())
     }
 
     fn add_fetched(&mut self, blob: FetchedBlob) {
-        self.complete_blobs.send_if_modified(|here| here.insert(blob.descriptor.digest));
+        self.complete_blobs.send_if_modified(|complete| complete.insert(blob.descriptor.digest));
         self.fetched.push(blob);
     }
 }
 
 /// Whether this sender is accused for this blob, without a verdict yet.
-fn is_accused(coming: &std::collections::HashMap<Digest, ActiveBlob>, digest: Digest, sender: PeerId) -> bool {
-    let accused = |coming: &ActiveBlob| match &coming.stage {
+fn is_accused(active: &std::collections::HashMap<Digest, ActiveBlob>, digest: Digest, sender: PeerId) -> bool {
+    let accused = |blob: &ActiveBlob| match &blob.stage {
         BlobStage::Fetching(fetching) => fetching.accused_peers.contains(&sender),
         BlobStage::Preparing | BlobStage::Committing(_) => false,
     };
-    coming.get(&digest).is_some_and(accused)
+    active.get(&digest).is_some_and(accused)
 }
 
 /// Longest time of a dispute: two pieces and one hash chain.

@@ -26,7 +26,7 @@ fn peer(number: u8) -> PeerId {
 
 /// Three pieces that differ.
 fn blob() -> Vec<u8> {
-    (0..3 * PIECE).map(|place| (place / PIECE * 7 + place % 251) as u8).collect()
+    (0..3 * PIECE).map(|position| (position / PIECE * 7 + position % 251) as u8).collect()
 }
 
 fn chain_of(bytes: &[u8]) -> HashChain {
@@ -35,7 +35,7 @@ fn chain_of(bytes: &[u8]) -> HashChain {
     builder.finish().unwrap()
 }
 
-async fn download(bytes: &[u8]) -> Arc<BlobDownload> {
+async fn start_download(bytes: &[u8]) -> Arc<BlobDownload> {
     let store = MemoryStore::new();
     let pin = store.pin(Duration::from_secs(60)).await.unwrap();
     let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
@@ -44,22 +44,22 @@ async fn download(bytes: &[u8]) -> Arc<BlobDownload> {
     Arc::new(BlobDownload::new(blob, staged))
 }
 
-fn sink(incoming: &Arc<BlobDownload>, number: u8) -> DownloadSink {
+fn sink(download: &Arc<BlobDownload>, number: u8) -> DownloadSink {
     let shared = Arc::new(SwarmShared {
         picker: Mutex::new(PiecePicker::new(None, 1)),
         piece_received: Notify::new(),
         buffer_permits: Arc::new(Semaphore::new(1)),
     });
-    DownloadSink::new(shared, Arc::clone(incoming), number.into(), peer(number))
+    DownloadSink::new(shared, Arc::clone(download), number.into(), peer(number))
 }
 
 #[tokio::test]
 async fn a_valid_piece_is_not_overwritten_by_a_slower_sender_of_the_same_piece() {
     let blob = blob();
-    let incoming = download(&blob).await;
-    incoming.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
+    let download = start_download(&blob).await;
+    download.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
     let half = Bytes::from(vec![0; PIECE / 2]);
-    let (mut liar, mut honest) = (sink(&incoming, 1), sink(&incoming, 2));
+    let (mut liar, mut honest) = (sink(&download, 1), sink(&download, 2));
     liar.begin(1);
     liar.append(std::slice::from_ref(&half)).await.unwrap();
     honest.begin(1);
@@ -67,30 +67,30 @@ async fn a_valid_piece_is_not_overwritten_by_a_slower_sender_of_the_same_piece()
     honest.end().await.unwrap();
     liar.append(&[half]).await.unwrap();
     liar.end().await.unwrap();
-    let read = incoming.staged().read_at(PIECE as u64, PIECE).await.unwrap();
+    let read = download.staged().read_at(PIECE as u64, PIECE).await.unwrap();
     assert!(read == blob[PIECE..2 * PIECE]);
-    assert_eq!(incoming.bytes_by_peer().into_keys().collect::<Vec<_>>(), [peer(2)]);
+    assert_eq!(download.bytes_by_peer().into_keys().collect::<Vec<_>>(), [peer(2)]);
 }
 
 #[tokio::test]
 async fn a_received_piece_is_not_overwritten_by_a_later_sender() {
     let blob = blob();
     let right = Bytes::copy_from_slice(&blob[PIECE..2 * PIECE]);
-    for has_list in [true, false] {
-        let incoming = download(&blob).await;
-        if has_list {
-            incoming.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
+    for has_chain in [true, false] {
+        let download = start_download(&blob).await;
+        if has_chain {
+            download.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
         }
-        let (mut honest, mut late) = (sink(&incoming, 1), sink(&incoming, 2));
+        let (mut honest, mut late) = (sink(&download, 1), sink(&download, 2));
         honest.begin(1);
         honest.append(std::slice::from_ref(&right)).await.unwrap();
         honest.end().await.unwrap();
         late.begin(1);
         late.append(&[Bytes::from(vec![0; PIECE])]).await.unwrap();
         late.end().await.unwrap();
-        let read = incoming.staged().read_at(PIECE as u64, PIECE).await.unwrap();
-        assert!(read == right, "a late sender writes nothing (with a hash chain: {has_list})");
-        assert_eq!(incoming.bytes_by_peer().into_keys().collect::<Vec<_>>(), [peer(1)]);
+        let read = download.staged().read_at(PIECE as u64, PIECE).await.unwrap();
+        assert!(read == right, "a late sender writes nothing (with a hash chain: {has_chain})");
+        assert_eq!(download.bytes_by_peer().into_keys().collect::<Vec<_>>(), [peer(1)]);
     }
 }
 
@@ -98,36 +98,36 @@ async fn a_received_piece_is_not_overwritten_by_a_later_sender() {
 #[tokio::test]
 async fn a_partial_provider_has_a_view_of_its_own_that_ends_with_the_download() {
     let blob = blob();
-    let incoming = download(&blob).await;
-    let (downloads, digest) = (Downloads::default(), incoming.blob().digest);
-    downloads.insert(&incoming);
+    let download = start_download(&blob).await;
+    let (downloads, digest) = (Downloads::default(), download.blob().digest);
+    downloads.insert(&download);
     assert!(downloads.partial(digest).is_none(), "a download without a hash chain serves nothing");
-    incoming.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
+    download.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
     let mut changes = downloads.partial(digest).unwrap().changes();
-    let mut sink = sink(&incoming, 1);
+    let mut sink = sink(&download, 1);
     sink.begin(1);
     sink.append(&[Bytes::copy_from_slice(&blob[PIECE..2 * PIECE])]).await.unwrap();
     sink.end().await.unwrap();
     changes.changed().await.unwrap();
     assert_eq!(downloads.partial(digest).unwrap().piece_map().ones().collect::<Vec<_>>(), [1]);
-    downloads.remove(&incoming);
+    downloads.remove(&download);
     assert!(downloads.partial(digest).is_none() && changes.changed().await.is_err());
 }
 
 #[tokio::test]
 async fn a_lying_second_sender_writes_nothing() {
     let blob = blob();
-    let incoming = download(&blob).await;
-    incoming.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
-    let (mut first, mut liar) = (sink(&incoming, 1), sink(&incoming, 2));
+    let download = start_download(&blob).await;
+    download.set_hash_chain(Arc::new(chain_of(&blob)), peer(9));
+    let (mut first, mut liar) = (sink(&download, 1), sink(&download, 2));
     first.begin(0);
     liar.begin(0);
     liar.append(&[Bytes::from(vec![1; PIECE])]).await.unwrap();
     assert!(matches!(liar.end().await, Err(PieceError::Mismatch)));
-    assert!(incoming.staged().read_at(0, PIECE).await.unwrap().iter().all(|byte| *byte == 0));
+    assert!(download.staged().read_at(0, PIECE).await.unwrap().iter().all(|byte| *byte == 0));
     first.append(&[Bytes::copy_from_slice(&blob[..PIECE])]).await.unwrap();
     first.end().await.unwrap();
-    assert!(incoming.is_verified(0));
+    assert!(download.is_verified(0));
 }
 
 /// The next action of one of several senders.
@@ -192,8 +192,8 @@ impl Senders {
     async fn check(&self) {
         for piece in (0..3).filter(|piece| self.incoming.is_verified(*piece)) {
             let from = piece as usize * PIECE;
-            let there = self.incoming.staged().read_at(from as u64, PIECE).await.unwrap();
-            assert!(there == self.blob[from..from + PIECE], "the verified piece {piece} keeps its bytes");
+            let stored = self.incoming.staged().read_at(from as u64, PIECE).await.unwrap();
+            assert!(stored == self.blob[from..from + PIECE], "the verified piece {piece} keeps its bytes");
         }
     }
 }
@@ -206,7 +206,7 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let blob = blob();
-            let incoming = download(&blob).await;
+            let incoming = start_download(&blob).await;
             let all = (0..4).map(|sender| (sink(&incoming, sender), None)).collect();
             let mut senders = Senders { blob, incoming, all };
             for step in steps {
@@ -220,20 +220,20 @@ proptest! {
 #[tokio::test]
 async fn a_piece_that_was_hashed_by_a_replaced_chain_is_verified_by_the_new_chain() {
     let blob = blob();
-    let incoming = download(&blob).await;
+    let download = start_download(&blob).await;
     let right = chain_of(&blob);
     let mut states = right.states().to_vec();
     states[0] = HashState::INITIAL;
     let forged = HashChain::unverified(right.digest(), right.layout(), states).unwrap();
-    incoming.set_hash_chain(Arc::new(forged), peer(9));
-    let mut hasher = incoming.hasher(1).unwrap();
-    let mut sender = sink(&incoming, 1);
+    download.set_hash_chain(Arc::new(forged), peer(9));
+    let mut hasher = download.hasher(1).unwrap();
+    let mut sender = sink(&download, 1);
     sender.begin(1);
     sender.append(&[Bytes::copy_from_slice(&blob[PIECE..2 * PIECE])]).await.unwrap();
-    incoming.set_hash_chain(Arc::new(right), peer(8));
+    download.set_hash_chain(Arc::new(right), peer(8));
     sender.end().await.unwrap();
-    assert_eq!(incoming.unverified(), [1], "the piece waits for the new hash chain");
-    assert_eq!(incoming.verify_stored(1).await.unwrap(), StoredPiece::Valid(Some(peer(1))));
+    assert_eq!(download.unverified(), [1], "the piece waits for the new hash chain");
+    assert_eq!(download.verify_stored(1).await.unwrap(), StoredPiece::Valid(Some(peer(1))));
     hasher.update(&blob[PIECE..2 * PIECE]);
-    assert_eq!(incoming.record_received(1, Some(hasher), peer(3)), ReceivedPiece::Unverified);
+    assert_eq!(download.record_received(1, Some(hasher), peer(3)), ReceivedPiece::Unverified);
 }

@@ -12,7 +12,7 @@ use crate::oci::Digest;
 use crate::ports::ClaimError;
 
 pub(in crate::agent) struct ZoneElection {
-    me: PeerId,
+    own_peer: PeerId,
     node: NodeName,
     zone: Zone,
     claim: Digest,
@@ -23,9 +23,15 @@ pub(in crate::agent) struct ZoneElection {
 
 impl ZoneElection {
     /// Starts the election for the image `root`.
-    pub(in crate::agent) fn new(me: PeerId, node: NodeName, zone: Zone, root: Digest, now: Instant) -> Self {
-        let claim = zone_claim(root, &zone);
-        Self { me, node, leader: ZoneLeader::new(me, claim, now), zone, claim, is_claiming: false }
+    pub(in crate::agent) fn new(
+        own_peer: PeerId,
+        node: NodeName,
+        zone: Zone,
+        image_digest: Digest,
+        now: Instant,
+    ) -> Self {
+        let claim = zone_claim(image_digest, &zone);
+        Self { own_peer, node, leader: ZoneLeader::new(own_peer, claim, now), zone, claim, is_claiming: false }
     }
 
     /// Whether the zone is this node's zone.
@@ -39,15 +45,15 @@ impl ZoneElection {
 
     /// The claim to try now, if an attempt is due. Marks the attempt as running.
     pub(super) fn begin_claim(&mut self, now: Instant) -> Option<Digest> {
-        let is_time = !self.is_claiming && self.leader.claim_due().is_some_and(|at| at <= now);
-        self.is_claiming |= is_time;
-        is_time.then_some(self.claim)
+        let is_due = !self.is_claiming && self.leader.claim_due().is_some_and(|at| at <= now);
+        self.is_claiming |= is_due;
+        is_due.then_some(self.claim)
     }
 
     /// When the election can change without an event.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        let claims_at = self.leader.claim_due().filter(|_| !self.is_claiming);
-        self.leader.wake_at().into_iter().chain(claims_at).min()
+        let claim_at = self.leader.claim_due().filter(|_| !self.is_claiming);
+        self.leader.wake_at().into_iter().chain(claim_at).min()
     }
 
     /// Records the result of an attempt. `peer_of` maps a node to its peer.
@@ -60,7 +66,7 @@ impl ZoneElection {
         self.is_claiming = false;
         match result {
             Ok(holder) => {
-                let peer = holder.and_then(|node| if node == self.node { Some(self.me) } else { peer_of(&node) });
+                let peer = holder.and_then(|node| if node == self.node { Some(self.own_peer) } else { peer_of(&node) });
                 self.leader.record_claim_holder(peer, now);
             }
             // Another node has just taken the Lease, or the API server is unavailable. The ranks go
@@ -73,20 +79,22 @@ impl ZoneElection {
 impl Swarm<'_> {
     /// Updates whether other zones may get requests, and starts a due claim.
     pub(super) fn update_zone_leader(&mut self) {
-        let (Some(zones), now) = (&mut self.zone_election, now()) else { return };
-        let may_cross = zones.leader().update_is_leading(now);
-        self.shared.picker().set_cross_zone(may_cross);
-        if let Some(claim) = zones.begin_claim(now) {
+        let (Some(election), now) = (&mut self.zone_election, now()) else { return };
+        let may_fetch_cross_zone = election.leader().update_is_leading(now);
+        self.shared.picker().set_cross_zone(may_fetch_cross_zone);
+        if let Some(claim) = election.begin_claim(now) {
             self.spawn_claim(claim);
         }
     }
 
     /// Gives the election the nodes of this zone that download the image.
     pub(super) fn update_zone_peers(&mut self) {
-        let Some(zones) = &mut self.zone_election else { return };
+        let Some(election) = &mut self.zone_election else { return };
         let providers = self.active.keys().flat_map(|digest| self.blob_fetcher.inventory.all_providers(*digest));
-        let ours = providers.filter(|source| !source.whole && zones.is_own_zone(source.zone.as_ref()));
-        let ours: Vec<_> = ours.map(|source| source.peer).collect::<BTreeSet<_>>().into_iter().collect();
-        zones.leader().set_fetching(&ours, now());
+        let zone_providers =
+            providers.filter(|provider| !provider.whole && election.is_own_zone(provider.zone.as_ref()));
+        let zone_peers: Vec<_> =
+            zone_providers.map(|provider| provider.peer).collect::<BTreeSet<_>>().into_iter().collect();
+        election.leader().set_fetching(&zone_peers, now());
     }
 }

@@ -47,36 +47,36 @@ impl Drop for LayerTestNode {
 
 #[tokio::test(start_paused = true)]
 async fn the_node_gets_one_event_while_most_images_lack_layers() {
-    let harbour = LayerTestNode::new();
-    timeout(Duration::from_secs(7200), harbour.publish_status(3, 4, 90)).await.unwrap();
-    let [report] = harbour.cluster.node_reports().try_into().unwrap();
+    let test_node = LayerTestNode::new();
+    timeout(Duration::from_secs(7200), test_node.publish_status(3, 4, 90)).await.unwrap();
+    let [report] = test_node.cluster.node_reports().try_into().unwrap();
     assert_eq!(report.kind.reason(), "ImagesLackLayers");
     for part in ["3 of the 4 images on n1", "layers lost 2"] {
         assert!(report.note.contains(part), "{}", report.note);
     }
-    let shown = String::from_utf8(harbour.metrics.render()).unwrap();
+    let shown = String::from_utf8(test_node.metrics.render()).unwrap();
     assert!(shown.lines().any(|line| line == r#"lighterman_events_total{reason="ImagesLackLayers"} 1"#), "{shown}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_event_waits_for_the_api_server() {
-    let harbour = LayerTestNode::new();
-    harbour.cluster.set_unavailable(true);
-    harbour.publish_status(1, 1, 10).await;
-    assert_eq!(harbour.cluster.node_reports(), []);
-    harbour.cluster.set_unavailable(false);
-    harbour.publish_status(2, 3, 2).await;
-    let [report] = harbour.cluster.node_reports().try_into().unwrap();
+    let test_node = LayerTestNode::new();
+    test_node.cluster.set_unavailable(true);
+    test_node.publish_status(1, 1, 10).await;
+    assert_eq!(test_node.cluster.node_reports(), []);
+    test_node.cluster.set_unavailable(false);
+    test_node.publish_status(2, 3, 2).await;
+    let [report] = test_node.cluster.node_reports().try_into().unwrap();
     assert!(report.note.contains("2 of the 3 images"), "the Event has the current counts: {}", report.note);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_lack_that_ended_while_the_api_server_was_away_makes_no_event() {
-    let harbour = LayerTestNode::new();
-    harbour.cluster.set_unavailable(true);
-    harbour.publish_status(1, 1, 3).await;
-    harbour.publish_status(0, 1, 3).await;
-    harbour.cluster.set_unavailable(false);
-    harbour.publish_status(0, 1, 10).await;
-    assert_eq!(harbour.cluster.node_reports(), []);
+async fn a_lack_that_ended_while_the_api_server_was_unavailable_makes_no_event() {
+    let test_node = LayerTestNode::new();
+    test_node.cluster.set_unavailable(true);
+    test_node.publish_status(1, 1, 3).await;
+    test_node.publish_status(0, 1, 3).await;
+    test_node.cluster.set_unavailable(false);
+    test_node.publish_status(0, 1, 10).await;
+    assert_eq!(test_node.cluster.node_reports(), []);
 }

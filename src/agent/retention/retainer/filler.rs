@@ -48,21 +48,13 @@ pub(super) struct Filler {
 impl Filler {
     pub(super) fn new(
         recoverer: Arc<Recoverer>,
-        healthy: watch::Receiver<Arc<BTreeSet<String>>>,
+        healthy_registries: watch::Receiver<Arc<BTreeSet<String>>>,
         options: &RetainOptions,
         metrics: Metrics,
     ) -> Self {
-        let fills = FillScheduler::new(options.fetch, now(), rand::random());
+        let schedule = FillScheduler::new(options.fetch, now(), rand::random());
         let rate = options.fetch_rate;
-        Self {
-            recoverer,
-            healthy_registries: healthy,
-            rate,
-            metrics,
-            schedule: fills,
-            current: None,
-            tasks: JoinSet::new(),
-        }
+        Self { recoverer, healthy_registries, rate, metrics, schedule, current: None, tasks: JoinSet::new() }
     }
 
     /// Chooses the image to fetch now, if any, and counts the reasons why images lack layers.
@@ -70,11 +62,11 @@ impl Filler {
     /// [`Filler::start`], or ends with [`Filler::reject`].
     pub(super) fn choose(
         &mut self,
-        lacking: Vec<MissingLayers>,
+        incomplete_images: Vec<MissingLayers>,
         secrets: &BTreeMap<Reference, BTreeSet<SecretName>>,
         fits: impl Fn(u64) -> bool,
     ) -> (Option<FillJob>, BTreeMap<UnfilledReason, usize>) {
-        let facts: Vec<_> = lacking.iter().map(|image| self.facts(image, secrets, &fits)).collect();
+        let facts: Vec<_> = incomplete_images.iter().map(|image| self.facts(image, secrets, &fits)).collect();
         let is_allowed = *self.recoverer.imports.borrow() == ImportPermission::Allowed
             && !self.recoverer.policy.borrow().opt_in.kill_switch;
         let members = self.recoverer.resolver.inventory.peer_count() + 1;
@@ -86,12 +78,12 @@ impl Filler {
         for image in &facts {
             *reasons.entry(self.schedule.unfilled_reason(image)).or_default() += 1;
         }
-        let chosen = next.and_then(|(manifest, source)| {
-            let mut images = lacking.into_iter().zip(facts);
+        let job = next.and_then(|(manifest, source)| {
+            let mut images = incomplete_images.into_iter().zip(facts);
             let (image, facts) = images.find(|(image, _)| image.manifest == manifest)?;
             Some(FillJob { image, facts, source })
         });
-        (chosen, reasons)
+        (job, reasons)
     }
 
     fn facts(
@@ -100,15 +92,15 @@ impl Filler {
         secrets: &BTreeMap<Reference, BTreeSet<SecretName>>,
         fits: impl Fn(u64) -> bool,
     ) -> IncompleteImage {
-        let MissingLayers { manifest, reference, image_digest: root, layers } = image;
+        let MissingLayers { manifest, reference, image_digest, layers } = image;
         let resolver = &self.recoverer.resolver;
         let registry = reference.repository().registry.clone();
-        let is_held = layers.keys().all(|layer| resolver.inventory.count_blob_providers(*layer) > 0)
-            && resolver.providers(reference, *root).is_ok();
+        let has_providers = layers.keys().all(|layer| resolver.inventory.count_blob_providers(*layer) > 0)
+            && resolver.providers(reference, *image_digest).is_ok();
         IncompleteImage {
             manifest: *manifest,
             secrets: secrets.get(reference).cloned().unwrap_or_default(),
-            has_providers: is_held,
+            has_providers,
             nodes: resolver.inventory.count_blob_providers(*manifest) + 1,
             is_healthy: self.healthy_registries.borrow().contains(&registry),
             registry,
@@ -117,22 +109,22 @@ impl Filler {
     }
 
     /// Starts the fetch into the lease. `line` bytes of the disk stay free.
-    pub(super) fn start(&mut self, chosen: FillJob, pin: Pin, line: u64) {
-        let FillJob { image, facts, source } = chosen;
+    pub(super) fn start(&mut self, job: FillJob, pin: Pin, min_free_bytes: u64) {
+        let FillJob { image, facts, source } = job;
         let (name, layers) = (&image.reference, image.layers.len());
         tracing::info!(image = %name, layers, from = source.label(), "layers that are missing here are fetched");
         let (recoverer, claimed) = (Arc::clone(&self.recoverer), image.reference.clone());
         match source {
             FillSource::Peers => drop(self.tasks.spawn(async move {
-                let fetched = fetch_from_peers(&recoverer, &image, &pin, line).await;
+                let fetched = fetch_from_peers(&recoverer, &image, &pin, min_free_bytes).await;
                 recoverer.claims.release_all(&image.reference).await;
                 fetched
             })),
             FillSource::Registry => {
                 let (secrets, rate, metrics) = (facts.secrets.clone(), self.rate, self.metrics.clone());
                 self.tasks.spawn(async move {
-                    let room = reserve_space(&recoverer, &image.layers, line).await?;
-                    RegistryFetch::new(&recoverer, &image, &pin, &room, rate, metrics).fetch(secrets).await
+                    let reservation = reserve_space(&recoverer, &image.layers, min_free_bytes).await?;
+                    RegistryFetch::new(&recoverer, &image, &pin, &reservation, rate, metrics).fetch(secrets).await
                 });
             }
         }
@@ -140,8 +132,8 @@ impl Filler {
     }
 
     /// Ends the chosen fetch, because the image has no lease.
-    pub(super) fn reject(&mut self, chosen: &FillJob) {
-        self.schedule.record_end(&chosen.facts, Err(FillFailure::Local), now(), rand::random());
+    pub(super) fn reject(&mut self, job: &FillJob) {
+        self.schedule.record_end(&job.facts, Err(FillFailure::Local), now(), rand::random());
     }
 
     /// Cancels the running fetch and releases its claims.
@@ -175,32 +167,32 @@ impl Retainer {
         let retained = retain::distinct_bytes(leased.values().map(|lease| &lease.layers));
         let room = self.file_system.map(|room| (room.free, room.total));
         let allowed = retain::allowed_bytes(self.budget(), retained, room);
-        let line = room.map_or(0, |(_, total)| retain::min_free(total));
+        let min_free_bytes = room.map_or(0, |(_, total)| retain::min_free(total));
         let fits = |missing: u64| {
-            let on_disk = room.is_none_or(|(free, _)| free.saturating_sub(missing) >= line);
+            let on_disk = room.is_none_or(|(free, _)| free.saturating_sub(missing) >= min_free_bytes);
             on_disk && retained.saturating_add(missing) <= allowed
         };
         let Some(filler) = &mut self.filler else { return Ok(()) };
-        let lacking = self
+        let incomplete_images = self
             .images
             .incomplete_images(|facts: &retain::RetainFacts| retain::interest(self.options.layers, facts, now));
         let used = Arc::clone(&self.used.borrow());
-        let chosen;
-        (chosen, self.lack_reasons) = filler.choose(lacking.collect(), &used.pull_secrets, fits);
-        let Some(chosen) = chosen else { return Ok(()) };
-        let manifest = chosen.image.manifest;
+        let job;
+        (job, self.lack_reasons) = filler.choose(incomplete_images.collect(), &used.pull_secrets, fits);
+        let Some(job) = job else { return Ok(()) };
+        let manifest = job.image.manifest;
         self.images.begin_fill(manifest);
-        let settled = self.apply_decisions(now).await;
-        let pin = self.image_leases.get(&manifest).map(|held| held.pin.clone());
-        let Some(filler) = &mut self.filler else { return settled };
-        match pin.filter(|_| settled.is_ok()) {
-            Some(pin) => filler.start(chosen, pin, line),
+        let applied = self.apply_decisions(now).await;
+        let pin = self.image_leases.get(&manifest).map(|lease| lease.pin.clone());
+        let Some(filler) = &mut self.filler else { return applied };
+        match pin.filter(|_| applied.is_ok()) {
+            Some(pin) => filler.start(job, pin, min_free_bytes),
             None => {
-                filler.reject(&chosen);
+                filler.reject(&job);
                 self.images.end_fill();
             }
         }
-        settled
+        applied
     }
 }
 
@@ -218,13 +210,13 @@ fn total_bytes(layers: &BTreeMap<Digest, u64>) -> u64 {
 async fn reserve_space(
     recoverer: &Recoverer,
     layers: &BTreeMap<Digest, u64>,
-    line: u64,
+    min_free_bytes: u64,
 ) -> Result<Reservation, FillFailure> {
-    let before = recoverer.reservations.begin_measurement();
-    let looked = recoverer.store.disks().await.map_err(RecoverError::store("measuring the disks"));
+    let measurement = recoverer.reservations.begin_measurement();
+    let measured = recoverer.store.disks().await.map_err(RecoverError::store("measuring the disks"));
     let need = DiskNeed { download: total_bytes(layers), unpack: 0 };
-    let lines = DiskFloors { min_free_bytes: line, image_gc_percent: 100, eviction_percent: 0 };
-    let reserved = looked.and_then(|disks| Ok(recoverer.reservations.reserve(need, before, disks, lines)?));
+    let floors = DiskFloors { min_free_bytes, image_gc_percent: 100, eviction_percent: 0 };
+    let reserved = measured.and_then(|disks| Ok(recoverer.reservations.reserve(need, measurement, disks, floors)?));
     reserved.map_err(|error| {
         tracing::info!(%error, "no room for the layers that are missing here; another attempt follows");
         FillFailure::Local
@@ -237,18 +229,18 @@ async fn fetch_from_peers(
     recoverer: &Recoverer,
     image: &MissingLayers,
     pin: &Pin,
-    line: u64,
+    min_free_bytes: u64,
 ) -> Result<(), FillFailure> {
-    let MissingLayers { manifest: _, reference, image_digest: root, layers } = image;
-    let room = reserve_space(recoverer, layers, line).await?;
-    let (progress, here) = (Progress::default(), watch::Sender::new(HashSet::new()));
+    let MissingLayers { manifest: _, reference, image_digest, layers } = image;
+    let reservation = reserve_space(recoverer, layers, min_free_bytes).await?;
+    let (progress, complete_blobs) = (Progress::default(), watch::Sender::new(HashSet::new()));
     let job = FetchJob {
         reference,
-        image_digest: *root,
+        image_digest: *image_digest,
         pin,
         progress: &progress,
-        reservation: &room,
-        complete_blobs: &here,
+        reservation: &reservation,
+        complete_blobs: &complete_blobs,
     };
     let blob = |(digest, size): (&Digest, &u64)| Descriptor {
         media_type: String::new(),

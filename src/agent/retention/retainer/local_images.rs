@@ -75,9 +75,9 @@ impl LocalImages {
         now: SystemTime,
     ) -> Result<bool, StoreError> {
         self.present.insert(digest);
-        let of_images: Vec<_> = self.images_with(digest).collect();
-        let is_layer = !of_images.is_empty();
-        for manifest in of_images {
+        let manifests: Vec<_> = self.images_with(digest).collect();
+        let is_layer = !manifests.is_empty();
+        for manifest in manifests {
             self.images.entry(manifest).or_default().last_arrival = Some(now);
         }
         if is_layer || size > MAX_DOCUMENT_BYTES {
@@ -97,26 +97,26 @@ impl LocalImages {
         store: &dyn ContentStore,
         now: SystemTime,
     ) -> Result<bool, StoreError> {
-        let mut any = false;
+        let mut has_new = false;
         for record in store.images().await? {
-            let root = record.target.digest;
-            if self.documents.contains_key(&root) {
+            let image_digest = record.target.digest;
+            if self.documents.contains_key(&image_digest) {
                 continue;
             }
-            self.read_document(store, root).await?;
-            let manifests = match self.documents.get(&root) {
+            self.read_document(store, image_digest).await?;
+            let manifests = match self.documents.get(&image_digest) {
                 Some(DocumentChildren::Index(manifests)) => manifests.clone(),
                 _ => Vec::new(),
             };
             for manifest in manifests {
                 self.read_document(store, manifest).await?;
             }
-            for manifest in self.manifests_of(root) {
+            for manifest in self.manifests_of(image_digest) {
                 self.images.entry(manifest).or_default().last_arrival = Some(now);
-                any = true;
+                has_new = true;
             }
         }
-        Ok(any)
+        Ok(has_new)
     }
 
     /// Lists records and blobs, and updates all images.
@@ -143,9 +143,9 @@ impl LocalImages {
         for record in &records {
             let name = record.name.parse::<Reference>().ok().filter(|name| name.to_string() == record.name);
             for manifest in self.manifests_of(record.target.digest) {
-                let named = recorded.entry(manifest).or_default();
-                named.opted_in |= opted_in.contains(&record.name);
-                named.undecided |= undecided.contains(&record.name);
+                let record_use = recorded.entry(manifest).or_default();
+                record_use.opted_in |= opted_in.contains(&record.name);
+                record_use.undecided |= undecided.contains(&record.name);
                 if let Some(name) = name.clone().filter(|_| opted_in.contains(&record.name)) {
                     self.names.insert(manifest, (name, record.target.digest));
                 } else if let Some(name) = name.clone() {
@@ -161,8 +161,8 @@ impl LocalImages {
     }
 
     fn update_facts(&mut self, recorded: &BTreeMap<Digest, RecordUse>, now: SystemTime) {
-        for (manifest, contents) in &self.documents {
-            if matches!(contents, DocumentChildren::Manifest(_)) {
+        for (manifest, children) in &self.documents {
+            if matches!(children, DocumentChildren::Manifest(_)) {
                 self.images.entry(*manifest).or_default();
             }
         }
@@ -186,8 +186,8 @@ impl LocalImages {
 
     /// Reads the repositories of manifests without a record.
     pub(super) async fn find_origins(&mut self, leases: &dyn LayerLeases) -> Result<(), StoreError> {
-        let pulled = |facts: &RetainFacts| facts.recorded.is_none() && facts.last_arrival.is_some();
-        for (manifest, facts) in self.images.iter_mut().filter(|(_, facts)| pulled(facts)) {
+        let is_pulled = |facts: &RetainFacts| facts.recorded.is_none() && facts.last_arrival.is_some();
+        for (manifest, facts) in self.images.iter_mut().filter(|(_, facts)| is_pulled(facts)) {
             let origins = leases.origins(*manifest).await?;
             facts.expected = origins.iter().any(|origin| self.repositories.contains(origin));
         }
@@ -195,7 +195,7 @@ impl LocalImages {
     }
 
     /// Records the last use that an earlier agent's lease names.
-    pub(super) fn remember_use(&mut self, manifest: Digest, last_use: Option<SystemTime>) {
+    pub(super) fn record_last_use(&mut self, manifest: Digest, last_use: Option<SystemTime>) {
         let facts = self.images.entry(manifest).or_default();
         facts.last_use = facts.last_use.max(last_use);
     }
@@ -206,7 +206,7 @@ impl LocalImages {
 
     /// The images that have this layer.
     pub(super) fn images_with(&self, layer: Digest) -> impl Iterator<Item = Digest> {
-        self.documents.iter().filter_map(move |(manifest, contents)| match contents {
+        self.documents.iter().filter_map(move |(manifest, children)| match children {
             DocumentChildren::Manifest(layers) if layers.contains_key(&layer) => Some(*manifest),
             _ => None,
         })
@@ -264,9 +264,10 @@ impl LocalImages {
     ) -> impl Iterator<Item = MissingLayers> {
         self.images.iter().filter_map(move |(manifest, facts)| {
             let is_wanted = facts.recorded.is_some() && interest(facts) == Some(RetainInterest::Wanted);
-            let (reference, root) = self.names.get(manifest).filter(|_| is_wanted)?.clone();
-            let layers: BTreeMap<_, _> = self.layers(*manifest).filter(|(it, _)| !self.present.contains(it)).collect();
-            (!layers.is_empty()).then_some(MissingLayers { manifest: *manifest, reference, image_digest: root, layers })
+            let (reference, image_digest) = self.names.get(manifest).filter(|_| is_wanted)?.clone();
+            let layers: BTreeMap<_, _> =
+                self.layers(*manifest).filter(|(layer, _)| !self.present.contains(layer)).collect();
+            (!layers.is_empty()).then_some(MissingLayers { manifest: *manifest, reference, image_digest, layers })
         })
     }
 
@@ -282,13 +283,13 @@ impl LocalImages {
 
     /// The manifests that an image record leads to. Of an index only present manifests count: a
     /// pull fetches this platform's manifest.
-    fn manifests_of(&self, root: Digest) -> Vec<Digest> {
-        match self.documents.get(&root) {
-            Some(DocumentChildren::Manifest(_)) => vec![root],
+    fn manifests_of(&self, image_digest: Digest) -> Vec<Digest> {
+        match self.documents.get(&image_digest) {
+            Some(DocumentChildren::Manifest(_)) => vec![image_digest],
             Some(DocumentChildren::Index(manifests)) => {
-                let here =
+                let is_manifest =
                     |digest: &&Digest| matches!(self.documents.get(*digest), Some(DocumentChildren::Manifest(_)));
-                manifests.iter().filter(here).copied().collect()
+                manifests.iter().filter(is_manifest).copied().collect()
             }
             Some(DocumentChildren::Other) | None => Vec::new(),
         }

@@ -88,8 +88,8 @@ impl PodImages {
     /// Passes events on until stopped.
     pub async fn run(
         mut self,
-        mut from: mpsc::Receiver<PodEvent>,
-        to: mpsc::Sender<PodEvent>,
+        mut events: mpsc::Receiver<PodEvent>,
+        forward: mpsc::Sender<PodEvent>,
         stop: CancellationToken,
     ) {
         let mut tick = interval(TICK_PERIOD);
@@ -97,11 +97,11 @@ impl PodImages {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                event = from.recv() => {
+                event = events.recv() => {
                     // The watch ends only when the agent does.
                     let Some(event) = event else { return stop.cancelled().await };
                     self.on_pod_event(&event);
-                    let sent = stop.run_until_cancelled(to.send(event)).await;
+                    let sent = stop.run_until_cancelled(forward.send(event)).await;
                     if sent.is_none_or(|sent| sent.is_err()) {
                         return stop.cancelled().await;
                     }
@@ -120,19 +120,19 @@ impl PodImages {
         match event {
             PodEvent::Applied(pod) if pod.is_ending => drop(self.pods.remove(&pod.pod)),
             PodEvent::Applied(pod) => {
-                let named = PodReferences { images: images(pod), pull_secrets: pod.pull_secrets.clone() };
-                if self.pods.insert(pod.pod.clone(), named).is_none() {
+                let references = PodReferences { images: images(pod), pull_secrets: pod.pull_secrets.clone() };
+                if self.pods.insert(pod.pod.clone(), references).is_none() {
                     self.namespaces.entry(pod.pod.k8s_namespace.clone()).or_default().is_due = true;
                 }
             }
             PodEvent::Deleted(pod) => drop(self.pods.remove(pod)),
             PodEvent::Synced(pods) => {
-                let exist: BTreeSet<_> = pods.iter().collect();
-                self.pods.retain(|pod, _| exist.contains(pod));
+                let existing: BTreeSet<_> = pods.iter().collect();
+                self.pods.retain(|pod, _| existing.contains(pod));
             }
         }
-        let used: BTreeSet<_> = self.pods.keys().map(|pod| &pod.k8s_namespace).collect();
-        self.namespaces.retain(|name, _| used.contains(name));
+        let used_namespaces: BTreeSet<_> = self.pods.keys().map(|pod| &pod.k8s_namespace).collect();
+        self.namespaces.retain(|name, _| used_namespaces.contains(name));
     }
 
     fn request_namespaces(&mut self) {

@@ -24,7 +24,7 @@ pub(super) struct RegistryFetch<'a> {
     recoverer: &'a Recoverer,
     image: &'a MissingLayers,
     pin: &'a Pin,
-    room: &'a Reservation,
+    reservation: &'a Reservation,
     /// Bytes per second; 0 is no limit.
     rate: u64,
     bucket: TokenBucket,
@@ -36,29 +36,29 @@ impl<'a> RegistryFetch<'a> {
         recoverer: &'a Recoverer,
         image: &'a MissingLayers,
         pin: &'a Pin,
-        room: &'a Reservation,
+        reservation: &'a Reservation,
         rate: u64,
         metrics: Metrics,
     ) -> Self {
         let bucket = TokenBucket::new(rate, Instant::now().into_std());
-        Self { recoverer, image, pin, room, rate, bucket, metrics }
+        Self { recoverer, image, pin, reservation, rate, bucket, metrics }
     }
 
     /// Fetches into the lease. Complete layers stay when a later layer fails.
     ///
     /// # Errors
     /// [`FillFailure`], after a log line.
-    pub(super) async fn fetch(mut self, names: BTreeSet<SecretName>) -> Result<(), FillFailure> {
+    pub(super) async fn fetch(mut self, secret_names: BTreeSet<SecretName>) -> Result<(), FillFailure> {
         let MissingLayers { manifest: _, reference, image_digest: _, layers } = self.image;
-        let named = names.len();
-        let wanted = RecoveryRequest {
+        let secret_count = secret_names.len();
+        let request = RecoveryRequest {
             reference: reference.clone(),
-            pull_secrets: names.into_iter().collect(),
+            pull_secrets: secret_names.into_iter().collect(),
             verify_layers: false,
             resolved_digest: None,
         };
-        let secrets = self.recoverer.resolver.secrets(&wanted).await;
-        let unread = secrets.len() < named;
+        let secrets = self.recoverer.resolver.secrets(&request).await;
+        let unread = secrets.len() < secret_count;
         let mut awaited = self.recoverer.blob_fetcher.awaited();
         for (digest, size) in layers {
             awaited.mark_unchanged();
@@ -92,16 +92,16 @@ impl<'a> RegistryFetch<'a> {
         secrets: &[PullSecret],
     ) -> Result<(), RegistryFetchError> {
         let store = &self.recoverer.store;
-        let remembered = BlobMetadata { source: Some(repository.clone()), children: Vec::new() };
+        let metadata = BlobMetadata { source: Some(repository.clone()), children: Vec::new() };
         let staged = match store.stage(digest, size, self.pin).await {
             Ok(staged) => staged,
-            Err(StoreError::AlreadyExists(_)) => return Ok(store.add_metadata(digest, &remembered).await?),
+            Err(StoreError::AlreadyExists(_)) => return Ok(store.add_metadata(digest, &metadata).await?),
             Err(error) => return Err(error.into()),
         };
         let registry = Arc::clone(&self.recoverer.resolver.registry);
         let mut sink = RateLimitedSink { fetch: self, staged: &*staged, at: 0 };
         let fetched = match registry.fetch_blob(repository, digest, size, secrets, &mut sink).await {
-            Ok(proof) => Ok(staged.commit(proof, &remembered).await?),
+            Ok(proof) => Ok(staged.commit(proof, &metadata).await?),
             Err(error) => Err(error),
         };
         if fetched.is_err() {
@@ -113,14 +113,14 @@ impl<'a> RegistryFetch<'a> {
     /// Waits until so many bytes may pass. The rate limit of downloads from peers applies too, if
     /// lower.
     async fn wait_for_rate(&mut self, bytes: u64) {
-        let mut left = bytes;
-        while left > 0 {
+        let mut remaining = bytes;
+        while remaining > 0 {
             let limits = [self.rate, self.recoverer.policy.borrow().budgets.max_download_rate];
             let rate = limits.into_iter().filter(|rate| *rate > 0).min().unwrap_or(0);
-            let (now, chunk) = (Instant::now().into_std(), left.min(CHUNK));
+            let (now, chunk) = (Instant::now().into_std(), remaining.min(CHUNK));
             self.bucket.set_rate(rate, now);
             match self.bucket.take(chunk, now) {
-                Ok(()) => left -= chunk,
+                Ok(()) => remaining -= chunk,
                 Err(wait) => sleep(wait).await,
             }
         }
@@ -164,7 +164,7 @@ impl BlobSink for RateLimitedSink<'_, '_> {
         self.fetch.wait_for_rate(bytes).await;
         self.staged.write_at(self.at, chunks).await?;
         self.at += bytes;
-        self.fetch.room.record_written(bytes);
+        self.fetch.reservation.record_written(bytes);
         self.fetch.metrics.registry_layer_bytes_received(bytes);
         Ok(())
     }

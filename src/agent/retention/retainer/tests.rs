@@ -101,7 +101,7 @@ impl RetainTestNode {
         image
     }
 
-    async fn copy(&self, from: &MemoryStore, blob: &Descriptor, pin: &Pin, remembered: BlobMetadata) {
+    async fn copy(&self, from: &MemoryStore, blob: &Descriptor, pin: &Pin, metadata: BlobMetadata) {
         let mut reader = from.open(blob.digest).await.unwrap();
         let bytes = reader.read_at(0, 64 << 20).await.unwrap();
         let mut hasher = crate::oci::Hasher::default();
@@ -110,7 +110,7 @@ impl RetainTestNode {
         match self.store.create(blob.digest, blob.size, pin).await {
             Ok(mut writer) => {
                 writer.append(&[bytes]).await.unwrap();
-                writer.commit(proof, &remembered).await.unwrap();
+                writer.commit(proof, &metadata).await.unwrap();
             }
             Err(StoreError::AlreadyExists(_)) => {}
             Err(error) => panic!("{error}"),
@@ -122,11 +122,11 @@ impl RetainTestNode {
     /// The layers of the image that remain after a collection.
     pub(in crate::agent) async fn layers_after_collection(&self, image: &MadeImage) -> usize {
         self.store.collect();
-        let mut here = 0;
+        let mut present = 0;
         for layer in &image.layers {
-            here += usize::from(self.store.blob(layer.blob.digest).await.unwrap().is_some());
+            present += usize::from(self.store.blob(layer.blob.digest).await.unwrap().is_some());
         }
-        here
+        present
     }
 
     pub(in crate::agent) fn has_metric(&self, line: &str) -> bool {
@@ -135,9 +135,9 @@ impl RetainTestNode {
 }
 
 impl RunningRetainer {
-    pub(in crate::agent) async fn wait_for_status(&mut self, is_so: impl FnMut(&RetentionStatus) -> bool) {
-        let mut is_so = is_so;
-        let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&mut is_so));
+    pub(in crate::agent) async fn wait_for_status(&mut self, is_expected: impl FnMut(&RetentionStatus) -> bool) {
+        let mut is_expected = is_expected;
+        let seen = self.status.wait_for(|status| status.as_ref().is_some_and(&mut is_expected));
         timeout(DEADLINE, seen).await.expect("the status never has these values").unwrap();
     }
 }
@@ -273,14 +273,14 @@ fn pod(namespace: &str, name: &str, image: &str) -> PodView {
 }
 
 #[tokio::test(start_paused = true)]
-async fn images_of_opted_in_namespaces_are_published_and_events_pass() {
+async fn images_of_opted_in_namespaces_are_published_and_events_are_forwarded() {
     let cluster = MemoryCluster::default();
     cluster.put_namespace("shop", &[("lighterman.dev/allow", "true")]);
     cluster.put_namespace("bank", &[]);
     let (used_in, mut used) = watch::channel(Arc::<UsedImages>::default());
     let policy = watch::channel(Arc::new(Policy::default())).1;
     let (events, from) = tokio::sync::mpsc::channel(1);
-    let (to, mut passed) = tokio::sync::mpsc::channel(1);
+    let (to, mut forwarded) = tokio::sync::mpsc::channel(1);
     let stop = CancellationToken::new();
     let _stopped = stop.clone().drop_guard();
     tokio::spawn(PodImages::new(Arc::new(cluster), policy, used_in).run(from, to, stop));
@@ -288,7 +288,7 @@ async fn images_of_opted_in_namespaces_are_published_and_events_pass() {
     shop.pull_secrets = vec!["key".into()];
     for event in [PodEvent::Applied(Box::new(bank)), PodEvent::Applied(Box::new(shop.clone()))] {
         events.send(event.clone()).await.unwrap();
-        assert_eq!(timeout(DEADLINE, passed.recv()).await.unwrap(), Some(event));
+        assert_eq!(timeout(DEADLINE, forwarded.recv()).await.unwrap(), Some(event));
     }
     let nginx: BTreeSet<Reference> = ["nginx".parse().unwrap()].into();
     let only_nginx = |used: &Arc<UsedImages>| used.opted_in == nginx && used.undecided.is_empty();

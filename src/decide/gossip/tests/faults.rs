@@ -44,8 +44,8 @@ fn a_snapshot_that_differs_from_the_signed_state_is_rejected() {
         cluster.announce(2, [blob(120 + round)]);
         cluster.advance(seconds(1));
     }
-    cluster.tamper_reply = Some(|of, reply| match reply {
-        SyncReply::Snapshot(InventorySnapshot { heads, mut items }) if of == 1 => {
+    cluster.tamper_reply = Some(|sender, reply| match reply {
+        SyncReply::Snapshot(InventorySnapshot { heads, mut items }) if sender == 1 => {
             items.retain(|(item, _)| *item != blob(121));
             SyncReply::Snapshot(InventorySnapshot { heads, items })
         }
@@ -64,7 +64,7 @@ fn a_publisher_above_the_entry_rate_is_limited() {
     for sequence in 2..100 {
         cluster.publish_from(1, Gossip::Entry(entry_of(2, sequence, &[blob(2)])));
     }
-    let known = cluster.nodes[&3].protocol.roster.get(id(2)).unwrap().log.sequence();
+    let known = cluster.nodes[&3].protocol.membership.get(id(2)).unwrap().log.sequence();
     assert!((60..70).contains(&known), "{known} entries passed the limit");
 }
 
@@ -85,33 +85,33 @@ fn replayed_entries_do_no_harm() {
 #[test]
 fn an_entry_without_a_provider_is_not_requested_without_end() {
     let mut cluster = GossipCluster::converged(1..=3);
-    cluster.tamper_reply = Some(|of, reply| match reply {
-        SyncReply::Summaries(_) if of == 1 => {
-            let mark =
+    cluster.tamper_reply = Some(|sender, reply| match reply {
+        SyncReply::Summaries(_) if sender == 1 => {
+            let summary =
                 |peer| MemberSummary { peer, epoch: 1, version: 1, incarnation: 0, sequence: u64::MAX, is_dead: false };
-            SyncReply::Summaries(vec![mark(id(2))])
+            SyncReply::Summaries(vec![summary(id(2))])
         }
         reply => reply,
     });
     cluster.advance(seconds(60));
     cluster.tamper_reply = None;
     cluster.advance(seconds(20));
-    let log = &cluster.nodes[&3].protocol.roster.get(id(2)).unwrap().log;
+    let log = &cluster.nodes[&3].protocol.membership.get(id(2)).unwrap().log;
     assert_eq!((log.sequence(), log.behind()), (1, 0));
 }
 
 #[test]
 fn members_that_a_neighbor_reports_dead_are_probed_a_few_at_a_time() {
     let mut cluster = GossipCluster::converged(1..=60);
-    let mark =
+    let summary =
         |number| MemberSummary { peer: id(number), epoch: 1, version: 2, incarnation: 0, sequence: 1, is_dead: true };
-    let marks = SyncReply::Summaries((2..=60).map(mark).collect());
+    let summaries = SyncReply::Summaries((2..=60).map(summary).collect());
     let now = cluster.now;
     let member = cluster.node(1);
     member.protocol.compare_with(id(2));
-    let Some(Output::Request(ask, ..)) = member.protocol.next() else { panic!("no request") };
-    member.protocol.receive_reply(ask, marks, &mut member.inventory, now);
+    let Some(Output::Request(request_id, ..)) = member.protocol.next() else { panic!("no request") };
+    member.protocol.receive_reply(request_id, summaries, &mut member.inventory, now);
     let outputs: Vec<_> = std::iter::from_fn(|| member.protocol.next()).collect();
-    let tried = outputs.iter().filter(|output| matches!(output, Output::Handshake(_) | Output::Dial(_))).count();
-    assert!((1..=16).contains(&tried), "{tried} dials at once");
+    let dials = outputs.iter().filter(|output| matches!(output, Output::Handshake(_) | Output::Dial(_))).count();
+    assert!((1..=16).contains(&dials), "{dials} dials at once");
 }

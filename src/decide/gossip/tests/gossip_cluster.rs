@@ -24,8 +24,8 @@ pub(super) struct TestVerifier(PeerId, Clock);
 /// Time since the cluster's start.
 type Clock = Rc<Cell<Duration>>;
 
-pub(super) fn test_signature(by: PeerId, message: &[u8]) -> Signature {
-    let digest = *Digest::of(&[by.public_key().as_slice(), message].concat()).as_bytes();
+pub(super) fn test_signature(signer: PeerId, message: &[u8]) -> Signature {
+    let digest = *Digest::of(&[signer.public_key().as_slice(), message].concat()).as_bytes();
     Signature(digest, digest)
 }
 
@@ -34,8 +34,8 @@ impl CredentialVerifier for TestVerifier {
         test_signature(self.0, message)
     }
 
-    fn is_signed(&self, by: PeerId, message: &[u8], signature: &Signature) -> bool {
-        *signature == test_signature(by, message)
+    fn is_signed(&self, signer: PeerId, message: &[u8], signature: &Signature) -> bool {
+        *signature == test_signature(signer, message)
     }
 
     /// `good SECONDS` admits until then, by the cluster's clock; `good SECONDS POD` also names a
@@ -43,8 +43,8 @@ impl CredentialVerifier for TestVerifier {
     fn verify_credential(&self, _: PeerId, credential: &Credential) -> Result<VerifiedCredential, CredentialRejection> {
         let mut words = credential.expose().split(' ').filter(|word| *word != "good");
         let until = words.next().and_then(|until| until.parse().ok()).ok_or(CredentialRejection::Rejected)?;
-        let life = Duration::from_secs(until).checked_sub(self.1.get()).ok_or(CredentialRejection::Rejected)?;
-        Ok(VerifiedCredential { node: None, pod: words.next().map(Into::into), life })
+        let lifetime = Duration::from_secs(until).checked_sub(self.1.get()).ok_or(CredentialRejection::Rejected)?;
+        Ok(VerifiedCredential { node: None, pod: words.next().map(Into::into), lifetime })
     }
 }
 
@@ -67,8 +67,8 @@ pub(super) struct GossipCluster {
     pub(super) nodes: BTreeMap<u8, GossipNode>,
     pub(super) now: Instant,
     clock: Clock,
-    links: BTreeMap<MeshConnectionId, (u8, u8)>,
-    next_link: MeshConnectionId,
+    connections: BTreeMap<MeshConnectionId, (u8, u8)>,
+    next_connection: MeshConnectionId,
     ticks: u32,
     /// Changes the reply of a node.
     pub(super) tamper_reply: Option<fn(u8, SyncReply) -> SyncReply>,
@@ -98,8 +98,8 @@ impl GossipCluster {
             nodes: BTreeMap::new(),
             now: Instant::now(),
             clock: Clock::default(),
-            links: BTreeMap::new(),
-            next_link: 0,
+            connections: BTreeMap::new(),
+            next_connection: 0,
             ticks: 0,
             tamper_reply: None,
         };
@@ -123,8 +123,8 @@ impl GossipCluster {
 
     pub(super) fn start_node(&mut self, number: u8, epoch: u64, credential: &str) {
         let peer = peer(number);
-        let own = LocalAgent { peer: peer.id, epoch, node: peer.node, release: "0.1.0".parse().unwrap() };
-        let mut protocol = Protocol::new(own, TestVerifier(peer.id, Rc::clone(&self.clock)), number.into(), self.now);
+        let local = LocalAgent { peer: peer.id, epoch, node: peer.node, release: "0.1.0".parse().unwrap() };
+        let mut protocol = Protocol::new(local, TestVerifier(peer.id, Rc::clone(&self.clock)), number.into(), self.now);
         protocol.introduce(Credential::new(credential.into()), peer.transfer, peer.gossip, None, self.now);
         let member = GossipNode {
             protocol,
@@ -171,25 +171,25 @@ impl GossipCluster {
 
     /// Closes the connections of two nodes, with notice, so neither suspects the other.
     pub(super) fn disconnect(&mut self, a: u8, b: u8) {
-        let ended: Vec<_> = self.links.iter().filter(|(_, ends)| **ends == (a, b) || **ends == (b, a)).collect();
-        for link in ended.into_iter().map(|(link, _)| *link).collect::<Vec<_>>() {
-            self.links.remove(&link);
+        let ended: Vec<_> = self.connections.iter().filter(|(_, ends)| **ends == (a, b) || **ends == (b, a)).collect();
+        for connection in ended.into_iter().map(|(connection, _)| *connection).collect::<Vec<_>>() {
+            self.connections.remove(&connection);
             let now = self.now;
             for (one, other) in [(a, b), (b, a)] {
                 let member = self.node(one);
                 member.protocol.answer(id(other), SyncRequest::Disconnect, &member.inventory, now);
-                member.protocol.connection_closed(link, id(other), now);
+                member.protocol.connection_closed(connection, id(other), now);
             }
         }
     }
 
     /// Opens another connection of two nodes, over which neither answers.
     pub(super) fn connect_twice(&mut self, a: u8, b: u8) {
-        self.next_link += 1;
-        let (link, now) = (self.next_link, self.now);
-        self.links.insert(link, (a, b));
-        self.node(a).protocol.connection_opened(link, id(b), now);
-        self.node(b).protocol.connection_opened(link, id(a), now);
+        self.next_connection += 1;
+        let (connection, now) = (self.next_connection, self.now);
+        self.connections.insert(connection, (a, b));
+        self.node(a).protocol.connection_opened(connection, id(b), now);
+        self.node(b).protocol.connection_opened(connection, id(a), now);
     }
 
     /// Time since the cluster's start.
@@ -200,13 +200,13 @@ impl GossipCluster {
     /// Ends the process. The system closes its connections.
     pub(super) fn kill(&mut self, number: u8) {
         self.node(number).is_dead = true;
-        let ended: Vec<_> = self.links.iter().filter(|(_, ends)| ends.0 == number || ends.1 == number).collect();
-        let ended: Vec<_> = ended.into_iter().map(|(link, ends)| (*link, *ends)).collect();
-        for (link, (a, b)) in ended {
-            self.links.remove(&link);
+        let ended: Vec<_> = self.connections.iter().filter(|(_, ends)| ends.0 == number || ends.1 == number).collect();
+        let ended: Vec<_> = ended.into_iter().map(|(connection, ends)| (*connection, *ends)).collect();
+        for (connection, (a, b)) in ended {
+            self.connections.remove(&connection);
             let now = self.now;
             let other = if a == number { b } else { a };
-            self.node(other).protocol.connection_closed(link, id(number), now);
+            self.node(other).protocol.connection_closed(connection, id(number), now);
         }
         self.deliver_all();
     }
@@ -223,11 +223,11 @@ impl GossipCluster {
             }
             self.deliver_all();
             if self.ticks.is_multiple_of((PING_INTERVAL.as_millis() / TICK.as_millis()) as u32) {
-                for (link, (a, b)) in self.links.clone() {
+                for (connection, (a, b)) in self.connections.clone() {
                     if self.is_reachable(a, b) {
                         for (one, other) in [(a, b), (b, a)] {
                             let member = self.nodes.get_mut(&one).unwrap();
-                            member.protocol.record_ping_answer(link, id(other), &mut member.inventory, now);
+                            member.protocol.record_ping_answer(connection, id(other), &mut member.inventory, now);
                         }
                     }
                 }
@@ -263,7 +263,7 @@ impl GossipCluster {
         let now = self.now;
         match output {
             Output::Publish(message) => self.flood(number, message),
-            Output::Request(ask, of, question) => self.deliver_request(number, ask, of, question),
+            Output::Request(request_id, of, request) => self.deliver_request(number, request_id, of, request),
             Output::Handshake(peer) => {
                 let other = peer.id.public_key()[0];
                 if self.is_reachable(number, other) {
@@ -274,22 +274,22 @@ impl GossipCluster {
             }
             Output::Dial(peer) => {
                 let other = peer.id.public_key()[0];
-                let is_let_in = self.nodes[&other].allowed.contains(&id(number));
-                if self.is_reachable(number, other) && is_let_in {
-                    self.next_link += 1;
-                    let link = self.next_link;
-                    self.links.insert(link, (number, other));
-                    self.node(number).protocol.connection_opened(link, peer.id, now);
-                    self.node(other).protocol.connection_opened(link, id(number), now);
+                let is_allowed = self.nodes[&other].allowed.contains(&id(number));
+                if self.is_reachable(number, other) && is_allowed {
+                    self.next_connection += 1;
+                    let connection = self.next_connection;
+                    self.connections.insert(connection, (number, other));
+                    self.node(number).protocol.connection_opened(connection, peer.id, now);
+                    self.node(other).protocol.connection_opened(connection, id(number), now);
                 } else {
                     self.dial_failed(number, peer.id);
                 }
             }
-            Output::Close(link, peer) => {
-                self.links.remove(&link);
+            Output::Close(connection, peer) => {
+                self.connections.remove(&connection);
                 let other = peer.public_key()[0];
                 if self.is_reachable(number, other) {
-                    self.node(other).protocol.connection_closed(link, id(number), now);
+                    self.node(other).protocol.connection_closed(connection, id(number), now);
                 }
             }
             Output::Allow(peer) => drop(self.node(number).allowed.insert(peer)),
@@ -315,40 +315,40 @@ impl GossipCluster {
         member.protocol.dial_failed(other, &mut member.inventory, now);
     }
 
-    fn deliver_request(&mut self, number: u8, ask: SyncRequestId, of: PeerId, question: SyncRequest) {
+    fn deliver_request(&mut self, number: u8, request_id: SyncRequestId, to: PeerId, request: SyncRequest) {
         let now = self.now;
-        let other = of.public_key()[0];
-        let is_linked = self.links.values().any(|ends| *ends == (number, other) || *ends == (other, number));
-        self.node(number).requests.push(question.clone());
-        if !self.is_reachable(number, other) || !is_linked {
-            return self.node(number).protocol.record_request_failure(ask, now);
+        let other = to.public_key()[0];
+        let is_connected = self.connections.values().any(|ends| *ends == (number, other) || *ends == (other, number));
+        self.node(number).requests.push(request.clone());
+        if !self.is_reachable(number, other) || !is_connected {
+            return self.node(number).protocol.record_request_failure(request_id, now);
         }
         let member = self.node(other);
-        let reply = member.protocol.answer(id(number), question, &member.inventory, now);
-        let reply = self.tamper_reply.map_or(reply.clone(), |lie| lie(other, reply));
+        let reply = member.protocol.answer(id(number), request, &member.inventory, now);
+        let reply = self.tamper_reply.map_or(reply.clone(), |tamper| tamper(other, reply));
         let member = self.node(number);
-        member.protocol.receive_reply(ask, reply, &mut member.inventory, now);
+        member.protocol.receive_reply(request_id, reply, &mut member.inventory, now);
     }
 
     /// Floods a message: every node relays its first accepted copy.
     fn flood(&mut self, from: u8, message: Gossip) {
         let text = encoded(&message);
         self.node(from).seen.insert(text.clone());
-        let mut holders = VecDeque::from([from]);
-        while let Some(holder) = holders.pop_front() {
-            let ends = self.links.values().filter_map(|(a, b)| match (*a == holder, *b == holder) {
+        let mut senders = VecDeque::from([from]);
+        while let Some(sender) = senders.pop_front() {
+            let ends = self.connections.values().filter_map(|(a, b)| match (*a == sender, *b == sender) {
                 (true, _) => Some(*b),
                 (_, true) => Some(*a),
                 _ => None,
             });
             for other in ends.collect::<BTreeSet<_>>() {
                 let now = self.now;
-                if !self.is_reachable(holder, other) || !self.node(other).seen.insert(text.clone()) {
+                if !self.is_reachable(sender, other) || !self.node(other).seen.insert(text.clone()) {
                     continue;
                 }
                 let member = self.node(other);
-                match member.protocol.receive_gossip(id(holder), message.clone(), &mut member.inventory, now) {
-                    GossipVerdict::Accept => holders.push_back(other),
+                match member.protocol.receive_gossip(id(sender), message.clone(), &mut member.inventory, now) {
+                    GossipVerdict::Accept => senders.push_back(other),
                     GossipVerdict::Ignore(_) => {}
                     GossipVerdict::Reject(fault) => member.rejections.push(fault),
                 }

@@ -35,16 +35,16 @@ fn a_member_that_was_cut_off_returns_by_its_own_refutation_without_a_snapshot_re
     for number in (1..=20).filter(|number| *number != 7) {
         assert!(cluster.up(number).contains(&7), "according to {number}");
         assert_eq!(cluster.providers(number, 7), [id(7)], "according to {number}");
-        let asked = &cluster.node(number).requests;
-        assert!(!asked.iter().any(|question| matches!(question, SyncRequest::Snapshot(_))), "{asked:?}");
+        let sent = &cluster.node(number).requests;
+        assert!(!sent.iter().any(|request| matches!(request, SyncRequest::Snapshot(_))), "{sent:?}");
     }
     assert_eq!(cluster.up(7).len(), 19, "7 has all members again");
 }
 
-fn suspicion(accused: u8, by: u8) -> Gossip {
+fn suspicion(suspect: u8, witness: u8) -> Gossip {
     let mut suspicion =
-        Suspicion { suspect: id(accused), epoch: 1, incarnation: 0, witness: id(by), signature: [0; 64].into() };
-    suspicion.signature = test_signature(id(by), &suspicion.signed_bytes());
+        Suspicion { suspect: id(suspect), epoch: 1, incarnation: 0, witness: id(witness), signature: [0; 64].into() };
+    suspicion.signature = test_signature(id(witness), &suspicion.signed_bytes());
     Gossip::Suspicion(suspicion)
 }
 
@@ -64,16 +64,16 @@ fn the_suspicion_of_a_single_witness_is_not_enough() {
     let mut cluster = GossipCluster::converged(1..=6);
     cluster.node(5).is_cut_off = true;
     cluster.publish_from(2, suspicion(5, 2));
-    let gone = (1..=6).filter(|number| *number != 5 && !cluster.up(*number).contains(&5));
-    assert_eq!(gone.count(), 0);
+    let down = (1..=6).filter(|number| *number != 5 && !cluster.up(*number).contains(&5));
+    assert_eq!(down.count(), 0);
 }
 
 #[test]
 fn a_member_whose_only_neighbor_suspects_its_death_is_probed_by_others() {
     let mut cluster = GossipCluster::converged(1..=20);
-    let linked: Vec<_> = (1..=20).filter(|number| *number != 7).collect();
+    let others: Vec<_> = (1..=20).filter(|number| *number != 7).collect();
     // Only 2 stays connected with 7.
-    for number in linked.into_iter().filter(|number| *number != 2) {
+    for number in others.into_iter().filter(|number| *number != 2) {
         cluster.disconnect(7, number);
     }
     cluster.node(7).is_cut_off = true;
@@ -193,9 +193,9 @@ fn a_neighbor_with_an_unanswered_second_connection_is_down_when_both_break() {
 #[test]
 fn messages_of_an_earlier_epoch_are_ignored() {
     let mut cluster = GossipCluster::converged(1..=3);
-    let mut farewell = LeaveNotice { peer: id(2), epoch: 0, signature: [0; 64].into() };
-    farewell.signature = test_signature(id(2), &farewell.signed_bytes());
-    cluster.publish_from(1, Gossip::Leave(farewell));
+    let mut notice = LeaveNotice { peer: id(2), epoch: 0, signature: [0; 64].into() };
+    notice.signature = test_signature(id(2), &notice.signed_bytes());
+    cluster.publish_from(1, Gossip::Leave(notice));
     let mut refutation = Refutation { peer: id(2), epoch: 0, incarnation: 9, signature: [0; 64].into() };
     refutation.signature = test_signature(id(2), &refutation.signed_bytes());
     cluster.publish_from(1, Gossip::Refutation(refutation));

@@ -39,16 +39,16 @@ fn any_event() -> impl Strategy<Value = PickerEvent> {
     use PickerEvent::*;
     let candidate = (0..30_u8, any::<bool>(), 0..3_u8, 0..3_u8);
     prop_oneof![
-        2 => (0..3_u8, prop::collection::vec(candidate, 0..40)).prop_map(|(blob, list)| SetProviders(blob, list)),
-        4 => (0..30_u8, 0..3_u8, any_piece_map()).prop_map(|(peer, blob, word)| PieceMap(peer, blob, word)),
+        2 => (0..3_u8, prop::collection::vec(candidate, 0..40)).prop_map(|(blob, providers)| SetProviders(blob, providers)),
+        4 => (0..30_u8, 0..3_u8, any_piece_map()).prop_map(|(peer, blob, update)| PieceMap(peer, blob, update)),
         1 => (0..30_u8, 0..3_u8).prop_map(|(peer, blob)| RemoveProvider(peer, blob)),
         1 => (0..30_u8, any::<u16>()).prop_map(|(peer, ms)| ExcludePeer(peer, ms)),
         1 => any::<bool>().prop_map(CrossZone),
         4 => Just(Next),
-        8 => (any::<usize>(), any::<usize>()).prop_map(|(ask, piece)| BeginPiece(ask, piece)),
-        4 => (any::<usize>(), any::<u64>()).prop_map(|(ask, bytes)| Bytes(ask, bytes)),
+        8 => (any::<usize>(), any::<usize>()).prop_map(|(number, piece)| BeginPiece(number, piece)),
+        4 => (any::<usize>(), any::<u64>()).prop_map(|(number, bytes)| Bytes(number, bytes)),
         8 => any::<usize>().prop_map(CompletePiece),
-        2 => (any::<usize>(), 0..3_u8).prop_map(|(ask, how)| EndRequest(ask, how)),
+        2 => (any::<usize>(), 0..3_u8).prop_map(|(number, end)| EndRequest(number, end)),
         1 => (0..3_u8, 0..140_u32).prop_map(|(blob, piece)| DiscardPiece(blob, piece)),
         1 => (0..3_u8, 0..140_u32).prop_map(|(blob, piece)| PiecePresent(blob, piece)),
         1 => (0..3_u8).prop_map(HashChain),
@@ -65,92 +65,94 @@ struct OpenRequest {
 }
 
 struct SimulatedDriver {
-    pool: PiecePicker,
+    picker: PiecePicker,
     now: Instant,
     open: Vec<OpenRequest>,
 }
 
 impl SimulatedDriver {
     fn new(seed: u64) -> Self {
-        let mut pool = PiecePicker::new(Some("z0".to_owned().try_into().unwrap()), seed);
-        BLOBS.iter().zip(PIECES).for_each(|(name, pieces)| pool.add_blob(blob(name), layout(pieces)));
-        Self { pool, now: Instant::now(), open: Vec::new() }
+        let mut picker = PiecePicker::new(Some("z0".to_owned().try_into().unwrap()), seed);
+        BLOBS.iter().zip(PIECES).for_each(|(name, pieces)| picker.add_blob(blob(name), layout(pieces)));
+        Self { picker, now: Instant::now(), open: Vec::new() }
     }
 
     fn take_requests(&mut self) {
-        self.pool.take_follow_changes(self.now);
+        self.picker.take_follow_changes(self.now);
         self.drop_cancelled();
-        while let Some(ask) = self.pool.next_request(self.now) {
-            self.open.push(OpenRequest { request: ask, began: None });
+        while let Some(pick) = self.picker.next_request(self.now) {
+            self.open.push(OpenRequest { request: pick, began: None });
         }
         self.drop_cancelled();
     }
 
     fn drop_cancelled(&mut self) {
-        let gone = self.pool.take_cancellations();
-        self.open.retain(|open| !gone.contains(&open.request.id));
+        let cancelled = self.picker.take_cancellations();
+        self.open.retain(|open| !cancelled.contains(&open.request.id));
     }
 
-    fn apply(&mut self, what: PickerEvent) {
+    fn apply(&mut self, event: PickerEvent) {
         let (now, digest) = (self.now, |n: u8| blob(BLOBS[usize::from(n)]));
-        let place = |ask: usize, open: &[OpenRequest]| (!open.is_empty()).then(|| ask % open.len());
-        match what {
-            PickerEvent::SetProviders(of, list) => {
+        let open_index = |number: usize, open: &[OpenRequest]| (!open.is_empty()).then(|| number % open.len());
+        match event {
+            PickerEvent::SetProviders(blob_number, providers) => {
                 let one = |(n, whole, standing, zone): (u8, bool, u8, u8)| {
                     let one = Provider { is_whole: whole, standing, ..partial(n) };
                     if zone == 0 { one } else { of_zone(&format!("z{}", zone - 1), one) }
                 };
-                self.pool.set_providers(digest(of), &list.into_iter().map(one).collect::<Vec<_>>());
+                self.picker.set_providers(digest(blob_number), &providers.into_iter().map(one).collect::<Vec<_>>());
             }
-            PickerEvent::PieceMap(n, of, word) => self.pool.record_piece_map(peer(n), digest(of), &word, now),
-            PickerEvent::RemoveProvider(n, of) => self.pool.remove_provider(peer(n), digest(of)),
-            PickerEvent::ExcludePeer(n, time) => self.pool.exclude_peer(peer(n), now + ms(time.into())),
-            PickerEvent::CrossZone(allowed) => self.pool.set_cross_zone(allowed),
+            PickerEvent::PieceMap(n, blob_number, update) => {
+                self.picker.record_piece_map(peer(n), digest(blob_number), &update, now)
+            }
+            PickerEvent::RemoveProvider(n, blob_number) => self.picker.remove_provider(peer(n), digest(blob_number)),
+            PickerEvent::ExcludePeer(n, time) => self.picker.exclude_peer(peer(n), now + ms(time.into())),
+            PickerEvent::CrossZone(allowed) => self.picker.set_cross_zone(allowed),
             PickerEvent::Next => self.take_requests(),
-            PickerEvent::BeginPiece(ask, piece) => {
-                if let Some(open) = place(ask, &self.open).map(|place| &mut self.open[place]) {
+            PickerEvent::BeginPiece(number, piece) => {
+                if let Some(open) = open_index(number, &self.open).map(|index| &mut self.open[index]) {
                     let piece = open.request.request.pieces[piece % open.request.request.pieces.len()];
                     open.began = Some(piece);
-                    self.pool.begin_piece(open.request.id, piece, now);
+                    self.picker.begin_piece(open.request.id, piece, now);
                 }
             }
-            PickerEvent::Bytes(ask, bytes) => {
-                if let Some(place) = place(ask, &self.open) {
-                    self.pool.record_bytes(self.open[place].request.id, bytes, now);
+            PickerEvent::Bytes(number, bytes) => {
+                if let Some(index) = open_index(number, &self.open) {
+                    self.picker.record_bytes(self.open[index].request.id, bytes, now);
                 }
             }
-            PickerEvent::CompletePiece(ask) => {
-                if let Some(open) = place(ask, &self.open).map(|place| &mut self.open[place])
+            PickerEvent::CompletePiece(number) => {
+                if let Some(open) = open_index(number, &self.open).map(|index| &mut self.open[index])
                     && let Some(piece) = open.began
                 {
-                    self.pool.complete_piece(open.request.id, piece, now);
+                    self.picker.complete_piece(open.request.id, piece, now);
                 }
             }
-            PickerEvent::EndRequest(ask, how) => {
-                if let Some(place) = place(ask, &self.open) {
-                    let how = [RequestEnd::Done, RequestEnd::Busy, RequestEnd::Failed][usize::from(how)];
-                    self.pool.end_request(self.open.swap_remove(place).request.id, how, now);
+            PickerEvent::EndRequest(number, end) => {
+                if let Some(index) = open_index(number, &self.open) {
+                    let how = [RequestEnd::Done, RequestEnd::Busy, RequestEnd::Failed][usize::from(end)];
+                    self.picker.end_request(self.open.swap_remove(index).request.id, how, now);
                 }
             }
-            PickerEvent::DiscardPiece(of, piece) => self.pool.discard_piece(digest(of), piece),
-            PickerEvent::PiecePresent(of, piece) => self.pool.mark_piece_present(digest(of), piece),
-            PickerEvent::HashChain(of) => self.pool.mark_hash_chain_ready(digest(of)),
-            PickerEvent::Mismatch(n, of) => self.pool.record_mismatch(peer(n), digest(of), now),
-            PickerEvent::Verified(n, of) => self.pool.record_verified_piece(peer(n), digest(of)),
+            PickerEvent::DiscardPiece(blob_number, piece) => self.picker.discard_piece(digest(blob_number), piece),
+            PickerEvent::PiecePresent(blob_number, piece) => self.picker.mark_piece_present(digest(blob_number), piece),
+            PickerEvent::HashChain(blob_number) => self.picker.mark_hash_chain_ready(digest(blob_number)),
+            PickerEvent::Mismatch(n, blob_number) => self.picker.record_mismatch(peer(n), digest(blob_number), now),
+            PickerEvent::Verified(n, blob_number) => self.picker.record_verified_piece(peer(n), digest(blob_number)),
             PickerEvent::Wait(time) => self.now += ms(time.into()),
         }
     }
 
     /// Every counter matches a recount, and no limit is exceeded.
     fn check_invariants(&self) {
-        assert!(self.pool.in_flight.len() <= requests::MAX_IN_FLIGHT);
-        for (place, blob) in self.pool.blobs.iter().enumerate() {
+        assert!(self.picker.in_flight.len() <= requests::MAX_IN_FLIGHT);
+        for (blob_index, blob) in self.picker.blobs.iter().enumerate() {
             let pieces = 0..blob.layout.piece_count() as u32;
             let expected = |piece: u32| {
-                let of = |asked: &&InFlightRequest| {
-                    asked.blob_index == place && asked.reserved_pieces().any(|one| one == piece)
+                let is_match = |request: &&InFlightRequest| {
+                    request.blob_index == blob_index && request.reserved_pieces().any(|one| one == piece)
                 };
-                self.pool.in_flight.values().filter(of).count()
+                self.picker.in_flight.values().filter(is_match).count()
             };
             let is_free = |piece: &u32| !blob.is_present(*piece) && expected(*piece) == 0;
             for piece in pieces.clone() {
@@ -163,12 +165,12 @@ impl SimulatedDriver {
             assert_eq!(blob.unassigned_count(), pieces.clone().filter(is_free).count());
             assert_eq!(blob.missing(), pieces.clone().filter(|piece| !blob.is_present(*piece)).count());
             assert!(blob.selected.len() <= provider_selection::MAX_SELECTED);
-            for link in &blob.selected {
-                let useful = pieces.clone().filter(|piece| is_free(piece) && link.has_piece(*piece)).count();
-                assert_eq!(link.useful_count, useful);
-                let peer = self.pool.peers.get(link.peer);
-                let asks = self.pool.in_flight.values().filter(|asked| asked.peer == link.peer);
-                assert_eq!(usize::from(peer.in_flight), asks.count());
+            for provider in &blob.selected {
+                let useful = pieces.clone().filter(|piece| is_free(piece) && provider.has_piece(*piece)).count();
+                assert_eq!(provider.useful_count, useful);
+                let peer = self.picker.peers.get(provider.peer);
+                let in_flight = self.picker.in_flight.values().filter(|request| request.peer == provider.peer);
+                assert_eq!(usize::from(peer.in_flight), in_flight.count());
                 assert!(peer.in_flight <= 4);
             }
         }
@@ -177,27 +179,27 @@ impl SimulatedDriver {
     /// Adds an honest seed. Returns whether all blobs become complete.
     fn finish_with_honest_seed(&mut self) -> bool {
         for open in std::mem::take(&mut self.open) {
-            self.pool.end_request(open.request.id, RequestEnd::Failed, self.now);
+            self.picker.end_request(open.request.id, RequestEnd::Failed, self.now);
         }
-        self.pool.set_cross_zone(true);
-        BLOBS.iter().for_each(|name| self.pool.set_providers(blob(name), &[of_zone("z1", whole(200))]));
+        self.picker.set_cross_zone(true);
+        BLOBS.iter().for_each(|name| self.picker.set_providers(blob(name), &[of_zone("z1", whole(200))]));
         for _ in 0..1000 {
             self.take_requests();
             for open in std::mem::take(&mut self.open) {
-                let PieceRequest { pieces: choice, limit: most, .. } = &open.request.request;
-                for piece in choice.iter().take((*most).into()) {
-                    self.pool.begin_piece(open.request.id, *piece, self.now);
+                let PieceRequest { pieces, limit, .. } = &open.request.request;
+                for piece in pieces.iter().take((*limit).into()) {
+                    self.picker.begin_piece(open.request.id, *piece, self.now);
                     self.now += ms(1);
-                    self.pool.record_bytes(open.request.id, PIECE, self.now);
-                    self.pool.complete_piece(open.request.id, *piece, self.now);
+                    self.picker.record_bytes(open.request.id, PIECE, self.now);
+                    self.picker.complete_piece(open.request.id, *piece, self.now);
                 }
-                self.pool.end_request(open.request.id, RequestEnd::Done, self.now);
+                self.picker.end_request(open.request.id, RequestEnd::Done, self.now);
                 self.check_invariants();
             }
-            if self.pool.is_complete() {
+            if self.picker.is_complete() {
                 return true;
             }
-            let wake = self.pool.wake_at().filter(|at| *at > self.now);
+            let wake = self.picker.wake_at().filter(|at| *at > self.now);
             self.now = wake.unwrap_or(self.now + ms(1));
         }
         false
@@ -210,13 +212,13 @@ proptest! {
     #[test]
     fn every_piece_arrives_in_the_end_after_any_order_of_events(
         seed in any::<u64>(),
-        happenings in prop::collection::vec(any_event(), 0..120),
+        events in prop::collection::vec(any_event(), 0..120),
     ) {
-        let mut world = SimulatedDriver::new(seed);
-        for what in happenings {
-            world.apply(what);
-            world.check_invariants();
+        let mut driver = SimulatedDriver::new(seed);
+        for event in events {
+            driver.apply(event);
+            driver.check_invariants();
         }
-        prop_assert!(world.finish_with_honest_seed());
+        prop_assert!(driver.finish_with_honest_seed());
     }
 }
