@@ -7,7 +7,7 @@ WORKDIR /src
 COPY . .
 # --target even for the machine's own triple: without it the flags would be meant for build scripts and procedural macros too.
 RUN triple="$(rustc -vV | sed -n 's/^host: //p')" \
-    && RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --bin lighterman --target "$triple" \
+    && RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --no-default-features --features agent --bin lighterman --target "$triple" \
     && install -D "target/$triple/release/lighterman" /out/lighterman
 
 FROM scratch

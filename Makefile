@@ -43,7 +43,7 @@ deps: ## install the packages that the build needs, or name them
 
 .PHONY: build
 build: ## build the static release binary
-	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --bin lighterman --target $(TRIPLE)
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --locked --no-default-features --features agent --bin lighterman --target $(TRIPLE)
 	@ls -l '$(BIN)'
 
 .PHONY: demo

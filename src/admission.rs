@@ -1,11 +1,12 @@
-//! Admission without the API server: by a list of PeerIds, or by certificates of the operator's
-//! authority.
+//! Admission of peers: by ServiceAccount token, by certificate, or by a static list of PeerIds.
 //!
-//! The TLS handshake proves the key; an admission decides which keys belong to agents. Admission by
-//! ServiceAccount token is in [`crate::cluster`].
+//! The TLS handshake proves the peer's key. An admission decides whether an agent owns the key, and
+//! is asked by [`crate::transfer`] for every new connection ([`crate::ports::Admission`]).
 
 mod certificate;
 mod static_list;
+mod token;
 
 pub use certificate::{CertificateAdmission, CertificateFiles, CertificateFilesError};
 pub use static_list::StaticAdmission;
+pub use token::{TokenAdmission, TokenAdmissionOptions};

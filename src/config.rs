@@ -18,7 +18,7 @@ use crate::decide::opt_in::OptInPolicy;
 use crate::decide::policy::{Budgets, Policy, RecoveryOptions, ResolveOptions};
 use crate::decide::retain::RetainOptions;
 use crate::model::{NodeName, PeerId, Zone};
-use crate::{admission, cluster, containerd, mesh, registry, transfer, webhook};
+use crate::{admission, api_server, containerd, mesh, registry, transfer, webhook};
 
 /// Every setting of an agent, grouped by the part that reads it.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ pub struct Config {
     /// The content store.
     pub containerd: containerd::Config,
     /// The API server.
-    pub cluster: cluster::Config,
+    pub api_server: api_server::Config,
     /// The registries that images come from.
     pub registry: registry::Config,
     /// The receiver of messages outside the cluster, if one is set.
@@ -45,7 +45,7 @@ pub struct Config {
 #[derive(Debug, Clone)]
 pub enum AdmissionMode {
     /// ServiceAccount tokens.
-    Token(cluster::TokenAdmissionOptions),
+    Token(admission::TokenAdmissionOptions),
     /// Certificates.
     Certificate(admission::CertificateFiles),
     /// The keys of these peers alone.
@@ -176,7 +176,7 @@ impl AgentArgs {
             (AdmissionKind::Static, false, (None, None, None)) => AdmissionMode::Static(allow_peer),
             (AdmissionKind::Static, true, _) => return conflict("--admission static needs --allow-peer"),
             (_, false, _) => return conflict("--allow-peer needs --admission static"),
-            (AdmissionKind::Token, _, (None, None, None)) => AdmissionMode::Token(cluster::TokenAdmissionOptions {
+            (AdmissionKind::Token, _, (None, None, None)) => AdmissionMode::Token(admission::TokenAdmissionOptions {
                 file: Some(data_dir.join("admission.json")),
                 grace: Duration::from_secs(admission_grace),
             }),
@@ -217,7 +217,7 @@ impl AgentArgs {
                 host_root,
                 staging: Some(data_dir.join("staging")),
             },
-            cluster: cluster::Config {
+            api_server: api_server::Config {
                 node: node_name.clone(),
                 k8s_namespace: pod_namespace,
                 pod_name,

@@ -15,6 +15,7 @@ mod errors;
 mod events;
 mod image_protection;
 mod images;
+mod ingest;
 mod introspection;
 mod labels;
 mod layer_leases;
@@ -36,7 +37,7 @@ use async_trait::async_trait;
 use containerd_client::services::v1::version_client::VersionClient;
 use tokio::sync::{Notify, broadcast, watch as counter};
 
-use crate::decide::disk::Disks;
+use crate::decide::disk_floor::Disks;
 use crate::oci::Digest;
 use crate::ports::{
     BlobInfo, BlobMetadata, BlobReader, BlobWriter, ContentEvent, ContentStore, ImageRecord, Pin, Snapshots,
@@ -44,11 +45,11 @@ use crate::ports::{
 };
 pub use adoption::IngestMode;
 use client::ContainerdClient;
+use ingest::IngestSlot;
 use introspection::Introspection;
 pub use introspection::{ContainerdInfo, IMAGE_VERIFIER_DIR, ImageVerifiers, find_socket};
 use lease_renewal::Renewals;
 pub use snapshotter::Snapshotter;
-use writer::IngestSlot;
 
 /// Location of containerd, and the agent's use of it.
 #[derive(Debug, Clone, PartialEq, Eq)]

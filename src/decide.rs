@@ -1,12 +1,13 @@
 //! Decisions: values in, values out. No async, no clock and no I/O: `now` is an argument, so tests
 //! are exact and simulations run this same code.
 
+pub mod allowed_repositories;
 pub mod cause;
 pub mod claim;
 pub mod clock_skew;
 pub mod connection_limit;
 pub mod container_records;
-pub mod disk;
+pub mod disk_floor;
 pub mod disk_reservations;
 pub mod dns_schedule;
 pub mod fill;
@@ -26,7 +27,6 @@ pub mod pod_keys;
 pub mod policy;
 pub mod pull_failure;
 pub mod recovery_queue;
-pub mod repositories;
 pub mod retain;
 pub mod review_budget;
 pub mod selector;

@@ -18,7 +18,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 use tokio::task::spawn_blocking;
 
-use crate::decide::disk::FileSystem;
+use crate::decide::disk_floor::FileSystem;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
 pub use host_path::below_root;

@@ -28,7 +28,7 @@ use async_trait::async_trait;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::sync::watch;
 
-use crate::decide::disk::Disks;
+use crate::decide::disk_floor::Disks;
 use crate::files::{FileReader, blob_path, file_system, sync_folder};
 use crate::oci::Digest;
 use crate::ports::{

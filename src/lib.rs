@@ -13,7 +13,7 @@
 //! agent
 //! config
 //! admin admission cluster containerd control layout mesh registry testing transfer webhook
-//! addresses credential files http identity
+//! addresses api_server credential files http identity simulated
 //! ports wire metrics
 //! decide
 //! model
@@ -24,6 +24,8 @@
 //! - `identity`: both network adapters prove the same key.
 //! - `addresses`: the admin port and the dialing of peers both separate this node's addresses from
 //!   other addresses.
+//! - `api_server`: the adapter of cluster objects and admission by token use one connection.
+//! - `simulated`: the demo and `testing` use one cluster in memory.
 //! - `files`: two stores read blobs from files.
 //! - `http`: two adapters send requests to servers outside the cluster.
 //! - `credential`: a peer's credential is parsed before any other input of an unauthenticated
@@ -45,6 +47,8 @@ pub mod admin;
 pub mod admission;
 #[cfg(feature = "agent")]
 pub mod agent;
+#[cfg(feature = "agent")]
+pub mod api_server;
 #[cfg(feature = "agent")]
 pub mod cli;
 #[cfg(feature = "agent")]
@@ -71,6 +75,8 @@ pub mod mesh;
 pub mod metrics;
 #[cfg(feature = "agent")]
 pub mod registry;
+#[cfg(any(feature = "agent", feature = "testing"))]
+pub mod simulated;
 #[cfg(feature = "testing")]
 pub mod testing;
 #[cfg(feature = "agent")]

@@ -3,6 +3,7 @@
 //! Input is parsed once, at the edge, into a type without invalid values. An error names the
 //! rejected text. Not here: the storage of content, and its providers.
 
+mod blob_verifier;
 mod descriptor;
 mod digest;
 mod document;
@@ -11,8 +12,9 @@ mod platform;
 mod reference;
 mod rootfs;
 
+pub use blob_verifier::{BlobProof, Hasher, VerifyError};
 pub use descriptor::{Descriptor, DescriptorError};
-pub use digest::{BlobProof, Digest, DigestError, Hasher, VerifyError};
+pub use digest::{Digest, DigestError};
 pub use document::{Document, DocumentError, Index, MAX_CHILDREN, MAX_DOCUMENT_BYTES, MAX_INDEX_DEPTH, Manifest};
 pub use hash_chain::{
     ChainConflict, ChainLengthError, ChainPrefix, ConflictOutcome, HashChain, HashChainBuilder, HashState, MAX_PIECES,

@@ -1,24 +1,21 @@
 //! Ports in memory, and the contracts of the ports as checks that run on every store.
 //!
 //! The stores are implementations, not mocks: a store hashes its input and loses unpinned content.
-//! `lighterman demo` uses some of them.
+//! The shipped binary has none of these ([`crate::simulated`] is what the demo uses).
 
-mod cluster;
 pub mod contract;
+pub(crate) mod decompress;
 mod fetcher;
-pub mod image;
 mod memory_store;
 mod notifier;
-mod registry;
 mod stopping_store;
 
 use crate::decide::policy::Policy;
 
-pub use cluster::{MemoryClaims, MemoryCluster};
+pub use crate::simulated::{MemoryClaims, MemoryCluster, MemoryRegistry, image};
 pub use fetcher::{Behaviour, MemoryFetcher};
 pub use memory_store::MemoryStore;
 pub use notifier::MemoryNotifier;
-pub use registry::MemoryRegistry;
 pub use stopping_store::{KillPoint, StoppingStore};
 
 /// A policy without floors for free disk space, so that a result does not depend on the machine's

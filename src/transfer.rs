@@ -9,6 +9,7 @@
 //! Not here: the inventory of providers, the choice of a peer, and retries.
 
 mod acceptor;
+mod binding;
 mod close_codes;
 mod congestion;
 mod dial;
@@ -25,17 +26,17 @@ mod tls;
 mod tuning;
 mod upload_queue;
 
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use quinn::{Endpoint, Incoming, TokioRuntime};
+use quinn::{Endpoint, Incoming};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
+pub use binding::{BindError, Config, TransferDependencies};
 pub use congestion::DelayBounded;
 pub use dial::DialError;
 pub use tls::TlsError;
@@ -43,63 +44,15 @@ pub use tls::TlsError;
 use self::acceptor::HandshakeLimiter;
 use self::hash_chain_cache::HashChainCache;
 use self::peers::PeerTable;
-use self::rate_limiter::{PolicyReceiver, RateLimiter};
+use self::rate_limiter::RateLimiter;
 use self::rejection_log::RejectionLog;
 use self::tuning::Timeouts;
 use self::upload_queue::UploadQueue;
-use crate::decide::policy::Policy;
-use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
 use crate::oci::HashChain;
 use crate::ports::{Admission, AdmittedPeer, ContentStore, PartialBlobs, Rejection};
 use crate::wire::{Format, Hello, Versions};
-
-/// Options that are fixed at start.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// The UDP address to listen on and to dial from; `[::]` takes IPv4 too.
-    pub listen: SocketAddr,
-    /// The TCP port of this agent's gossip, sent to peers in `Hello`.
-    pub gossip_port: u16,
-    /// This node's name, sent to peers in `Hello`.
-    pub node: NodeName,
-    /// Uploads of pieces at a time; further requests queue. As many uploads of whole blobs run
-    /// beside them, and further requests are answered with `Busy`. Each upload costs up to 512 KiB
-    /// of reads and, where the link or the reader is slow, 4 MiB in flight.
-    pub concurrent_uploads: usize,
-}
-
-/// The other parts of the agent that the transfer adapter uses.
-pub struct TransferDependencies {
-    /// Decides which peers are admitted.
-    pub admission: Arc<dyn Admission>,
-    /// Holds the blobs that are served.
-    pub store: Arc<dyn ContentStore>,
-    /// Holds the blobs that are being fetched; their verified pieces are served.
-    pub partials: Arc<dyn PartialBlobs>,
-    /// Counts bytes and failures.
-    pub metrics: Metrics,
-    /// Receives each peer that dialed this agent and was admitted, before the peer gets the answer.
-    /// The same peer is sent again with each of its connections.
-    pub admitted_peers: mpsc::Sender<Peer>,
-}
-
-/// The transfer adapter could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// The socket could not be opened, configured or bound.
-    #[error("cannot listen for transfers on {address} (UDP): {source}")]
-    Socket {
-        /// The configured address.
-        address: SocketAddr,
-        /// The error of the operating system.
-        source: io::Error,
-    },
-    /// The certificate or the TLS configuration failed.
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-}
 
 /// The transfer adapter. Clones are cheap and share one endpoint.
 #[derive(Clone)]
@@ -134,110 +87,7 @@ struct Shared {
     upload_limiter: RateLimiter,
 }
 
-struct TransferOptions {
-    timeouts: Timeouts,
-    policy: PolicyReceiver,
-    versions: Versions,
-}
-
 impl Transfer {
-    /// Binds the socket, without rate limits. [`Transfer::run`] accepts the first connection.
-    ///
-    /// # Errors
-    /// [`BindError`].
-    ///
-    /// # Panics
-    /// Outside of a tokio runtime with I/O and time: the endpoint's tasks run on the calling
-    /// runtime.
-    pub fn bind(config: Config, identity: &Identity, dependencies: TransferDependencies) -> Result<Self, BindError> {
-        let options = TransferOptions { timeouts: Timeouts::DEFAULT, policy: None, versions: Versions::TRANSFER };
-        Self::bind_with_options(config, identity, dependencies, options)
-    }
-
-    /// Like [`Transfer::bind`], with the rate limits of a policy. A new policy takes effect at
-    /// once. Each rate applies to all peers together and counts the bytes of blobs.
-    ///
-    /// # Errors
-    /// [`BindError`].
-    ///
-    /// # Panics
-    /// As [`Transfer::bind`].
-    pub fn bind_with_policy(
-        config: Config,
-        identity: &Identity,
-        dependencies: TransferDependencies,
-        policy: watch::Receiver<Arc<Policy>>,
-    ) -> Result<Self, BindError> {
-        let options =
-            TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(policy), versions: Versions::TRANSFER };
-        Self::bind_with_options(config, identity, dependencies, options)
-    }
-
-    /// Like [`Transfer::bind_with_policy`], with the protocol versions of another release. Tests
-    /// run two releases side by side.
-    ///
-    /// # Errors
-    /// [`BindError`].
-    ///
-    /// # Panics
-    /// As [`Transfer::bind`].
-    #[cfg(any(test, feature = "testing"))]
-    pub fn bind_with_versions(
-        config: Config,
-        identity: &Identity,
-        dependencies: TransferDependencies,
-        policy: watch::Receiver<Arc<Policy>>,
-        versions: Versions,
-    ) -> Result<Self, BindError> {
-        let options = TransferOptions { timeouts: Timeouts::DEFAULT, policy: Some(policy), versions };
-        Self::bind_with_options(config, identity, dependencies, options)
-    }
-
-    fn bind_with_options(
-        config: Config,
-        identity: &Identity,
-        dependencies: TransferDependencies,
-        options: TransferOptions,
-    ) -> Result<Self, BindError> {
-        let Config { listen, gossip_port, node, concurrent_uploads } = config;
-        let TransferDependencies { admission, store, partials, metrics, admitted_peers } = dependencies;
-        let TransferOptions { timeouts, policy, versions } = options;
-        let tls = tls::Tls::new(identity, versions)?;
-        let open_endpoint = || {
-            let socket = socket::bind(listen)?;
-            let server = tuning::server(&tls);
-            let endpoint = Endpoint::new(tuning::endpoint(), Some(server), socket, Arc::new(TokioRuntime))?;
-            Ok((endpoint.local_addr()?, endpoint))
-        };
-        let (local_address, endpoint) =
-            open_endpoint().map_err(|source| BindError::Socket { address: listen, source })?;
-        Ok(Self(Arc::new(Shared {
-            own_id: identity.peer_id(),
-            node,
-            gossip_port,
-            versions,
-            local_address,
-            endpoint,
-            client: tuning::client(&tls),
-            admission,
-            store,
-            partials,
-            metrics,
-            admitted_peers,
-            peers: PeerTable::default(),
-            observed_address: watch::Sender::new(None),
-            shared_key: watch::Sender::new(None),
-            handshakes: Arc::default(),
-            rejection_log: RejectionLog::default(),
-            serve_permits: Semaphore::new(concurrent_uploads),
-            uploads: UploadQueue::new(concurrent_uploads),
-            hash_chains: HashChainCache::new(timeouts.slow_reader),
-            timeouts,
-            download_limiter: RateLimiter::new(policy.clone(), |budgets| budgets.max_download_rate),
-            upload_limiter: RateLimiter::new(policy, |budgets| budgets.max_upload_rate),
-        })))
-    }
-
     /// The bound address; the port is the real port even when the configured port is 0.
     pub fn local_addr(&self) -> SocketAddr {
         self.0.local_address

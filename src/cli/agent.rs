@@ -14,11 +14,12 @@ use tokio_util::sync::CancellationToken;
 use super::{EXIT_USAGE, runtime};
 use crate::addresses::has_ipv6;
 use crate::admin::ReadinessCheck;
-use crate::admission::{CertificateAdmission, CertificateFilesError, StaticAdmission};
+use crate::admission::{CertificateAdmission, CertificateFilesError, StaticAdmission, TokenAdmission};
 use crate::agent::retention::own_image::OwnImagePorts;
 use crate::agent::supervisor::Supervisor;
 use crate::agent::{Agent, AgentPorts};
-use crate::cluster::{self, KubeCluster, TokenAdmission};
+use crate::api_server;
+use crate::cluster::KubeCluster;
 use crate::config::{AdmissionMode, Config};
 use crate::containerd::{self, ContainerdInfo, ContainerdStore, ImageVerifiers, Snapshotter, find_socket};
 use crate::files::below_root;
@@ -55,7 +56,7 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         mut transfer,
         mut mesh,
         mut containerd,
-        cluster,
+        api_server,
         registry,
         webhook,
         admission: admission_mode,
@@ -77,7 +78,8 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         containerd.socket = below_root(root, &containerd.socket);
     }
     let store = ContainerdStore::new(containerd)?;
-    let kube = Arc::new(cluster::connect(cluster).await?);
+    let api_server = api_server::connect(api_server).await?;
+    let kube = Arc::new(KubeCluster::new(&api_server));
     let containerd_ready = watch::Sender::new(false);
     let (imports, containerd_status) =
         (watch::Sender::new(ImportPermission::Unknown), watch::Sender::new(ContainerdStatus::default()));
@@ -86,7 +88,7 @@ async fn run_agent(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let local_peer = identity.peer_id();
     let admission: Arc<dyn Admission> = match admission_mode {
         AdmissionMode::Token(options) => {
-            let admission = Arc::new(TokenAdmission::new(&kube, local_peer, options, metrics.clone()));
+            let admission = Arc::new(TokenAdmission::new(&api_server, local_peer, options, metrics.clone()));
             let running = Arc::clone(&admission);
             supervisor.spawn("token", |stop| async move { running.run(stop).await });
             admission

@@ -31,8 +31,8 @@ use crate::identity::Identity;
 use crate::layout::LayoutStore;
 use crate::oci::{Digest, Hasher, Reference};
 use crate::ports::{ContentStore, StoreError};
-use crate::testing::MemoryCluster;
-use crate::testing::image::{MadeImage, put_image};
+use crate::simulated::MemoryCluster;
+use crate::simulated::image::{MadeImage, put_image};
 
 /// Flags of `lighterman demo`.
 #[derive(Debug, Args)]

@@ -10,7 +10,7 @@ use kube::Api;
 use kube::api::{DeleteParams, ListParams, PostParams, Preconditions};
 
 use super::KubeCluster;
-use super::api_error::{ApiError, call};
+use crate::api_server::error::{ApiError, call};
 use crate::model::{LeaseSnapshot, LeaseVersion};
 use crate::oci::Digest;
 use crate::ports::{ClaimError, Claims};

@@ -10,7 +10,7 @@ use kube::Client;
 use kube::client::Body;
 use tokio::time::{Instant, timeout};
 
-use super::api_error::{ApiError, REQUEST_TIMEOUT};
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT};
 use crate::decide::clock_skew::ClockSample;
 use crate::ports::ClusterError;
 

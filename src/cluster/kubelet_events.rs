@@ -8,8 +8,8 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, Client};
 
-use super::api_error::{REQUEST_TIMEOUT, call, truncate};
 use super::pod_view::MAX_TEXT;
+use crate::api_server::error::{REQUEST_TIMEOUT, call, truncate};
 use crate::model::PodRef;
 use crate::ports::{ClusterError, KubeletEvent};
 

@@ -7,7 +7,7 @@ use kube::Api;
 use kube::api::GetParams;
 use serde::de::DeserializeOwned;
 
-use super::api_error::{ApiError, REQUEST_TIMEOUT, call};
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call};
 
 /// Reads the API server's watch cache first, which costs etcd nothing. The cache may lag, so the
 /// absence of an object, or of an object with this UID, is confirmed by a read from etcd.

@@ -10,8 +10,8 @@ use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
 
-use super::api_error::{ApiError, REQUEST_TIMEOUT, call, truncate};
-use super::events::{COMPONENT, MAX_NAME, MAX_NOTE};
+use super::pod_events::{COMPONENT, MAX_NAME, MAX_NOTE};
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call, truncate};
 use crate::model::NodeName;
 use crate::ports::{ClusterError, NodeReport};
 

@@ -6,7 +6,7 @@ use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use serde_json::json;
 
-use super::api_error::{REQUEST_TIMEOUT, call};
+use crate::api_server::error::{REQUEST_TIMEOUT, call};
 use crate::model::PodRef;
 use crate::ports::ClusterError;
 

@@ -7,8 +7,9 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Api;
 use kube::api::GetParams;
 
-use super::api_error::{ApiError, REQUEST_TIMEOUT, call, is_object_name};
-use super::{AgentPod, KubeCluster};
+use super::KubeCluster;
+use crate::api_server::AgentPod;
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call, is_object_name};
 use crate::decide::own_image::{MAX_IMAGES, OwnImages};
 use crate::model::{ContainerKind, Owner, PodView};
 use crate::oci::Reference;

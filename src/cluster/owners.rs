@@ -12,10 +12,10 @@ use k8s_openapi::api::core::v1::ReplicationController;
 use kube::api::{ApiResource, DynamicObject};
 use kube::{Api, Client};
 
-use super::api_error::{ApiError, is_object_name};
 use super::metadata::metadata;
 use super::pod_view::{bounded_pairs, controlling_owner};
 use super::response_cache::ResponseCache;
+use crate::api_server::error::{ApiError, is_object_name};
 use crate::model::Owner;
 use crate::ports::{Annotations, ClusterError};
 

@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, Preconditions};
 use kube::{Api, Client};
 
-use super::api_error::{ApiError, REQUEST_TIMEOUT, call};
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call};
 use crate::model::PodRef;
 use crate::ports::ClusterError;
 

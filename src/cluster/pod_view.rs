@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::{Container, ContainerStatus, EphemeralContainer, Pod, Volume};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
-use super::api_error::{is_object_name, truncate};
 use super::mirror_pods::MIRROR_ANNOTATION;
+use crate::api_server::error::{is_object_name, truncate};
+use crate::decide::allowed_repositories::MAX_LIST;
 use crate::decide::opt_in::affects_opt_in;
-use crate::decide::repositories::MAX_LIST;
 use crate::model::{ContainerKind, ContainerView, ImageVolume, Owner, PodRef, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
 
@@ -160,7 +160,7 @@ fn pull_policy(spec: Option<&str>, image: &str) -> PullPolicy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decide::repositories::RepositoryList;
+    use crate::decide::allowed_repositories::RepositoryList;
     use serde_json::json;
 
     const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";

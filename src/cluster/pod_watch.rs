@@ -11,8 +11,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::KubeCluster;
-use super::api_error::error_chain;
 use super::pod_view::pod_view;
+use crate::api_server::error::error_chain;
 use crate::model::{NodeName, PodRef};
 use crate::ports::PodEvent;
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::api_error::ApiError;
+use crate::api_server::error::ApiError;
 
 /// Lifetime of a cached error, so that callers do not wait for the same failed request one after
 /// the other.

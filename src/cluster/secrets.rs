@@ -12,7 +12,7 @@ use kube::core::Request;
 use kube::{Client, Resource};
 use serde_json::{Value, json};
 
-use super::api_error::{REQUEST_TIMEOUT, call, is_object_name};
+use crate::api_server::error::{REQUEST_TIMEOUT, call, is_object_name};
 use crate::ports::{ClusterError, PullSecret};
 
 /// Most bytes of a pull secret: a dozen registries. The credentials of one registry have a few KiB

@@ -22,8 +22,8 @@ use std::sync::Arc;
 
 use super::ContainerdStore;
 use super::content::blocking;
+use super::ingest::IngestSlot;
 use super::labels::missing_labels;
-use super::writer::IngestSlot;
 use crate::files::{StagingFile, blob_path, create_staging_folder, sync_folder};
 use crate::oci::{Digest, Hasher};
 use crate::ports::{BlobMetadata, Pin, StoreError};

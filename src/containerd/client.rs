@@ -20,6 +20,10 @@ use crate::ports::StoreError;
 /// for its own calls; a recovery can use that time better.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Deadline of one message, in either direction: a disk that takes no megabyte in half a minute has
+/// failed.
+pub(super) const MESSAGE_DEADLINE: Duration = Duration::from_secs(30);
+
 /// A Unix socket connects or fails at once, unless containerd hangs and its backlog is full.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 

@@ -8,10 +8,9 @@ use containerd_client::tonic::{Code, Status};
 use tokio::task::spawn_blocking;
 
 use super::ContainerdStore;
-use super::client::with_deadline;
+use super::client::{MESSAGE_DEADLINE, with_deadline};
 use super::labels::{has_children, missing_labels, sources};
 use super::reader::ApiReader;
-use super::writer::MESSAGE_DEADLINE;
 use crate::files::{FileReader, blob_path};
 use crate::oci::Digest;
 use crate::ports::{BlobInfo, BlobMetadata, BlobReader, StoreError};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::ContainerdStore;
 use super::content::blocking;
-use crate::decide::disk::{Disks, FileSystem};
+use crate::decide::disk_floor::{Disks, FileSystem};
 use crate::files::{file_system, file_system_below_overlay};
 use crate::ports::StoreError;
 

@@ -5,8 +5,7 @@ use bytes::Bytes;
 use containerd_client::services::v1::{ReadContentRequest, ReadContentResponse};
 use containerd_client::tonic::Streaming;
 
-use super::client::{ContainerdClient, with_deadline};
-use super::writer::MESSAGE_DEADLINE;
+use super::client::{ContainerdClient, MESSAGE_DEADLINE, with_deadline};
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};
 

@@ -22,10 +22,9 @@ use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Code, Request, Status};
 use containerd_client::types;
 
-use super::client::{MAX_MESSAGE, with_deadline};
+use super::client::{MAX_MESSAGE, MESSAGE_DEADLINE, with_deadline};
 use super::labels::GC_REF_SNAPSHOT;
 use super::snapshotter::{SUPPORTED, Snapshotter};
-use super::writer::MESSAGE_DEADLINE;
 use super::{ContainerdStore, State};
 use crate::oci::{Digest, StackedLayer};
 use crate::ports::{Pin, Snapshots, StoreError, UnpackError, UnpackOutcome, Unpacker};

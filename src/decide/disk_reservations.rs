@@ -8,8 +8,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::disk::OverLimit;
-use super::disk::{DiskFloors, DiskNeed, Disks, check};
+use super::disk_floor::OverLimit;
+use super::disk_floor::{DiskFloors, DiskNeed, Disks, check};
 
 /// The reservations of one node. Clones share the account.
 #[derive(Debug, Clone, Default)]

@@ -24,13 +24,16 @@
 //! providers of a blob (`Inventory`), and the spread of gossip (gossipsub).
 
 mod connections;
+mod credential_verifier;
 mod entries;
 mod follower;
+mod introductions;
 mod liveness;
 mod local_log;
 mod membership;
 mod membership_table;
 mod neighbor_choice;
+mod output;
 mod peer_score;
 mod recent_entries;
 mod reply_handler;
@@ -51,14 +54,14 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::decide::inventory::Inventory;
-use crate::model::{
-    Credential, Gossip, Introduction, InventoryChange, MemberSummary, NodeName, Peer, PeerId, Release, Signature,
-    SyncRequest, Zone,
-};
+use crate::model::{Credential, Gossip, Introduction, InventoryChange, MemberSummary, NodeName, PeerId, Release, Zone};
 use local_log::LocalLog;
 use membership_table::{Member, MembershipTable};
 use recent_entries::RecentEntries;
 use requests::PendingRequest;
+
+pub use credential_verifier::{CredentialRejection, CredentialVerifier, VerifiedCredential};
+pub use output::{GossipVerdict, MeshConnectionId, Output, SyncRequestId};
 
 /// Interval of the driver's calls of [`Protocol::tick`].
 pub const TICK: Duration = Duration::from_millis(250);
@@ -77,44 +80,6 @@ const GRAFT_DELAY: Duration = Duration::from_millis(1500);
 /// Interval of comparisons with a random neighbor, less up to a fifth at random.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The cryptography that the protocol uses.
-pub trait CredentialVerifier {
-    /// Signs with this agent's key.
-    fn sign(&self, message: &[u8]) -> Signature;
-    /// Whether the key's owner signed the message.
-    fn is_signed(&self, signer: PeerId, message: &[u8], signature: &Signature) -> bool;
-    /// Verifies that the credential admits the key.
-    ///
-    /// # Errors
-    /// [`CredentialRejection`] if the credential does not admit the key, or no decision is
-    /// possible.
-    fn verify_credential(
-        &self,
-        peer: PeerId,
-        credential: &Credential,
-    ) -> Result<VerifiedCredential, CredentialRejection>;
-}
-
-/// The contents of a credential that admits its key.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VerifiedCredential {
-    /// The node that the credential names, if any. This node overrides the agent's statement.
-    pub node: Option<NodeName>,
-    /// UID of the pod that the credential is bound to, if any.
-    pub pod: Option<String>,
-    /// Remaining validity.
-    pub lifetime: Duration,
-}
-
-/// Why a credential does not admit a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CredentialRejection {
-    /// The credential is not good for this key.
-    Rejected,
-    /// No decision is possible now.
-    Undecided,
-}
-
 /// The identity of this agent.
 #[derive(Debug, Clone)]
 pub struct LocalAgent {
@@ -126,60 +91,6 @@ pub struct LocalAgent {
     pub node: NodeName,
     /// This agent's release.
     pub release: Release,
-}
-
-/// The driver's number of a connection, never reused.
-pub type MeshConnectionId = u64;
-
-/// The number of a request, from [`Output::Request`] until a reply or a failure.
-pub type SyncRequestId = u64;
-
-/// The verdict on a gossip message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum GossipVerdict {
-    /// Relay the message.
-    Accept,
-    /// Do not relay the message; no peer is at fault.
-    Ignore(&'static str),
-    /// Do not relay the message; no honest member sends such a message.
-    Reject(&'static str),
-}
-
-/// An action for the driver.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Output {
-    /// Publish a message to the neighbors, which relay the message.
-    Publish(Gossip),
-    /// Send a request to a neighbor, and report [`Protocol::receive_reply`] or
-    /// [`Protocol::record_request_failure`].
-    Request(SyncRequestId, PeerId, SyncRequest),
-    /// Verify credentials with this peer in a handshake. [`Protocol::admit`],
-    /// [`Protocol::rejected_by_peer`] or [`Protocol::dial_failed`] follows.
-    Handshake(Peer),
-    /// Connect to an admitted peer. [`Protocol::connection_opened`] or [`Protocol::dial_failed`]
-    /// follows.
-    Dial(Peer),
-    /// Close this connection.
-    Close(MeshConnectionId, PeerId),
-    /// Accept connections with this peer from now on.
-    Allow(PeerId),
-    /// Reject connections with this peer from now on, and close the open ones.
-    Deny(PeerId),
-    /// The peer can be fetched from. Repeated when the peer moved.
-    Up(Peer),
-    /// The peer cannot be fetched from, for this reason.
-    Down(PeerId, &'static str),
-    /// The agent of this node has this agent's key, and signed an introduction with the key.
-    SharedKey(NodeName),
-    /// A peer did what no honest peer does.
-    Fault {
-        /// The faulty peer.
-        peer: PeerId,
-        /// The fault, as a metric's label.
-        fault: &'static str,
-        /// Duration of the ban, if this fault led to one.
-        banned: Option<Duration>,
-    },
 }
 
 /// The parts of the introduction that may change while the agent runs.

@@ -10,15 +10,16 @@
 //! peer that is down is only masked, because it returns with the same items.
 
 mod content;
+mod peer_sets;
 mod peers;
-mod providers;
+mod same_repository;
 
 use std::collections::{BTreeMap, HashMap};
 use std::mem::size_of;
 
 use self::content::Content;
+use self::peer_sets::{Bitmap, PeerNumber, Providers};
 use self::peers::InventoryPeers;
-use self::providers::{Bitmap, PeerNumber, Providers};
 use crate::model::{
     Bits, InventoryChange, InventoryItem, MAX_ITEMS, MeshEvent, NodeName, Outage, OutageKind, Peer, PeerId, Zone,
 };
@@ -113,20 +114,6 @@ impl Inventory {
     /// The partial providers of a blob: peers that download the blob and serve its pieces.
     pub fn partial_providers(&self, digest: Digest) -> Vec<PeerId> {
         self.content.partial_providers(digest).map(|fetching| self.up_peers_of(fetching)).unwrap_or_default()
-    }
-
-    /// The peers that have an image's index or manifest *and* a record of it in this same
-    /// repository.
-    ///
-    /// A digest alone gives no permission: a request with an invented registry could fetch any
-    /// image.
-    pub fn image_providers(&self, repository: &Repository, image: Digest) -> Vec<PeerId> {
-        let Some(providers) = self.content.blob(image) else { return Vec::new() };
-        let mut with_record = Bitmap::default();
-        for recorded in self.content.records_of(repository, image) {
-            with_record.extend(recorded.within(self.peers.up()));
-        }
-        self.peers.ids(providers.within(&with_record))
     }
 
     /// The digests that a tag points at, with the peers that say so. More than one digest means

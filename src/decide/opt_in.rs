@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::repositories::RepositoryList;
+use super::allowed_repositories::RepositoryList;
 use super::selector::Selector;
 use crate::model::PodView;
 

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use sha2::{Digest as _, Sha256};
 
-use super::disk::OverLimit;
+use super::disk_floor::OverLimit;
 use super::peer_faults::Standing;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Manifest};

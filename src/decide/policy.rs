@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::disk::DiskFloors;
+use super::disk_floor::DiskFloors;
 use super::opt_in::{OptInPolicy, Trigger};
 use super::tag::TagPolicy;
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::StagedBlob;
-use crate::decide::disk::Disks;
+use crate::decide::disk_floor::Disks;
 use crate::oci::{BlobProof, Descriptor, Digest, Document, Repository};
 
 /// A content store: containerd's, an OCI layout on disk, or one in memory.

@@ -1,25 +1,28 @@
 //! A content store in memory.
 
+mod blob;
 mod layer_leases;
 mod snapshots;
 mod staged_blob;
+#[cfg(test)]
+mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
 
+use self::blob::{MemoryBlob, MemoryReader, MemoryWriter};
 use self::layer_leases::LayerLeaseLabels;
 use self::staged_blob::{MemoryStagedBlob, StagedBytes};
-use crate::decide::disk::Disks;
-use crate::oci::{BlobProof, Descriptor, Digest, Repository};
+use crate::decide::disk_floor::Disks;
+use crate::oci::{Descriptor, Digest};
 use crate::ports::{
-    BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ContentEvent, ContentStore, ImageRecord, Pin,
-    Snapshots, StagedBlob, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, BlobWriter, ContentEvent, ContentStore, ImageRecord, Pin, Snapshots,
+    StagedBlob, StoreError,
 };
 
 /// Stores blobs, records and pins in memory. Clones are handles of one store.
@@ -45,15 +48,6 @@ struct State {
     disks: Disks,
     /// Delay between the visible record and the return of `put_image`.
     record_delay: Duration,
-}
-
-#[derive(Clone)]
-struct MemoryBlob {
-    bytes: Bytes,
-    sources: BTreeSet<Repository>,
-    children: Vec<Child>,
-    /// Topmost layer whose snapshots live as long as this blob.
-    top: Option<Digest>,
 }
 
 #[derive(Clone, Default)]
@@ -166,26 +160,6 @@ impl Default for MemoryStore {
     }
 }
 
-impl MemoryBlob {
-    fn add_metadata(&mut self, metadata: &BlobMetadata) {
-        self.sources.extend(metadata.source.clone());
-        for child in &metadata.children {
-            if !self.children.contains(child) {
-                self.children.push(*child);
-            }
-        }
-    }
-
-    fn info(&self, digest: Digest) -> BlobInfo {
-        BlobInfo {
-            digest,
-            size: self.bytes.len() as u64,
-            sources: self.sources.iter().cloned().collect(),
-            has_children: !self.children.is_empty(),
-        }
-    }
-}
-
 #[async_trait]
 impl ContentStore for MemoryStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
@@ -204,7 +178,7 @@ impl ContentStore for MemoryStore {
 
     async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
         drop(self.begin(digest, pin)?);
-        Ok(Box::new(MemoryWriter { store: self.clone(), digest, size, bytes: Vec::new() }))
+        Ok(Box::new(MemoryWriter::new(self.clone(), digest, size)))
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
@@ -295,158 +269,5 @@ impl ContentStore for MemoryStore {
 
     async fn disks(&self) -> Result<Disks, StoreError> {
         Ok(self.state().disks)
-    }
-}
-
-/// Owns the bytes: a collected blob stays readable for its open readers.
-struct MemoryReader(Bytes);
-
-#[async_trait]
-impl BlobReader for MemoryReader {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
-        let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
-        let end = begin.saturating_add(limit).min(self.0.len());
-        Ok(self.0.slice(begin..end))
-    }
-}
-
-struct MemoryWriter {
-    store: MemoryStore,
-    digest: Digest,
-    size: u64,
-    bytes: Vec<u8>,
-}
-
-#[async_trait]
-impl BlobSink for MemoryWriter {
-    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
-        chunks.iter().for_each(|chunk| self.bytes.extend_from_slice(chunk));
-        if self.bytes.len() as u64 > self.size {
-            return Err(StoreError::Other(format!("more than {} bytes for {}", self.size, self.digest)));
-        }
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl BlobWriter for MemoryWriter {
-    async fn commit(mut self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
-        let written = self.bytes.len() as u64;
-        if proof.digest() != self.digest || proof.size() != written {
-            let (proved, size) = (proof.digest(), proof.size());
-            return Err(StoreError::Other(format!(
-                "the proof is for {size} bytes of {proved}, written were {written} of {}",
-                self.digest
-            )));
-        }
-        // The caller has hashed the bytes. A second hash detects a caller that wrote other bytes
-        // than it hashed.
-        let actual = Digest::of(&self.bytes);
-        if actual != self.digest {
-            return Err(StoreError::Other(format!("bytes for {} hash to {actual}", self.digest)));
-        }
-        let bytes = std::mem::take(&mut self.bytes).into();
-        let mut blob = MemoryBlob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
-        blob.add_metadata(metadata);
-        self.store.state().blobs.insert(self.digest, blob);
-        self.store.record_change();
-        self.store.publish(ContentEvent::Committed { digest: self.digest, size: written });
-        Ok(())
-    }
-}
-
-impl Drop for MemoryWriter {
-    fn drop(&mut self) {
-        self.store.state().writing.remove(&self.digest);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ports::{LayerLeases, Unpacker};
-    use crate::testing::contract::retaining::{LeasingStore, assert_layer_lease_contract};
-    use crate::testing::contract::unpacking::{UnpackingStore, assert_unpacking_contract};
-    use crate::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
-
-    struct MemoryStoreUnderTest(MemoryStore);
-
-    #[async_trait]
-    impl StoreUnderTest for MemoryStoreUnderTest {
-        fn store(&self) -> Arc<dyn ContentStore> {
-            Arc::new(self.0.clone())
-        }
-
-        async fn collect(&self) {
-            self.0.collect();
-        }
-
-        /// The drop leaves the staged pieces, as a kill does.
-        async fn restart(&mut self, unfinished: UnfinishedWrite) {
-            let unfinished = match unfinished {
-                UnfinishedWrite::Staged(staged) => {
-                    drop(staged);
-                    None
-                }
-                written => Some(written),
-            };
-            self.0 = self.0.restarted();
-            drop(unfinished);
-        }
-    }
-
-    #[tokio::test]
-    async fn the_memory_store_passes_the_contract() {
-        assert_contract("MemoryStore", async || MemoryStoreUnderTest(MemoryStore::new())).await;
-    }
-
-    impl LeasingStore for MemoryStoreUnderTest {
-        fn leases(&self) -> Arc<dyn LayerLeases> {
-            Arc::new(self.0.clone())
-        }
-    }
-
-    #[tokio::test]
-    async fn the_memory_store_passes_the_layer_lease_contract() {
-        assert_layer_lease_contract("MemoryStore", async || MemoryStoreUnderTest(MemoryStore::new())).await;
-    }
-
-    #[async_trait]
-    impl UnpackingStore for MemoryStoreUnderTest {
-        fn unpacker(&self) -> Arc<dyn Unpacker> {
-            Arc::new(self.0.clone())
-        }
-
-        async fn unpacked(&self) -> BTreeSet<Digest> {
-            self.0.unpacked()
-        }
-
-        /// The store unpacks a layer in one step.
-        async fn half_unpacked(&self) -> usize {
-            0
-        }
-    }
-
-    #[tokio::test]
-    async fn the_memory_store_passes_the_unpacking_contract() {
-        assert_unpacking_contract("MemoryStore", async || MemoryStoreUnderTest(MemoryStore::new())).await;
-    }
-
-    #[tokio::test]
-    async fn bytes_that_differ_from_the_hashed_bytes_are_rejected() {
-        let store = MemoryStore::new();
-        let pin = store.pin(Duration::from_secs(1)).await.unwrap();
-        let digest = Digest::of(b"cargo");
-        let mut hasher = crate::oci::Hasher::default();
-        hasher.update(b"cargo");
-        let proof = hasher.verify(digest, 5).unwrap();
-        let mut writer = store.create(digest, 5, &pin).await.unwrap();
-        writer.append(&[Bytes::from_static(b"ogrAc")]).await.unwrap();
-        assert!(matches!(writer.commit(proof, &BlobMetadata::default()).await, Err(StoreError::Other(_))));
-        assert_eq!(store.blob(digest).await.unwrap(), None);
     }
 }

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::decide::disk::Disks;
+use crate::decide::disk_floor::Disks;
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{
     BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Snapshots, StagedBlob,

@@ -3,14 +3,17 @@
 mod acceptor;
 mod certificates;
 mod content;
+mod dial;
 mod faults;
 mod hash_chain;
+mod peers;
 mod piece_faults;
 mod piece_map;
 mod pieces;
 mod rates;
 mod rogue;
 mod stopping;
+mod store;
 mod upload_queue;
 mod versions;
 
@@ -22,25 +25,26 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use quinn::{Connection, Endpoint, VarInt};
+use quinn::{Connection, ConnectionError, Endpoint, VarInt};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use self::rogue::{Rogue, answer_blob};
+use self::store::TestStore;
+use super::binding::TransferOptions;
 use super::peers::PeerAdmission;
 use super::tuning::Timeouts;
-use super::{Config, Transfer, TransferDependencies, TransferOptions, tls, tuning};
-use crate::decide::disk::Disks;
+use super::{Config, Transfer, TransferDependencies, tls, tuning};
+use crate::decide::disk_floor::Disks;
 use crate::decide::policy::Policy;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{BlobProof, Digest, HashChain, PieceLayout};
 use crate::ports::{
-    Admission, AdmittedPeer, BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, ContentStore, FetchError,
-    Fetcher, ImageRecord, LEEWAY, NoPartialBlobs, PartialBlobs, PieceFetcher, Pin, Rejection, Snapshots, StagedBlob,
-    StoreError,
+    Admission, AdmittedPeer, BlobSink, ContentStore, FetchError, Fetcher, LEEWAY, NoPartialBlobs, PartialBlobs,
+    PieceFetcher, Rejection, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};
 
@@ -51,123 +55,6 @@ const BRIEF: Duration = Duration::from_millis(400);
 /// Far more than any test needs, far less than an endless wait.
 async fn with_deadline<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(60), test).await.expect("the test ends before its deadline")
-}
-
-/// A read-only store that can serve wrong bytes or fail.
-#[derive(Default)]
-struct TestStore {
-    blobs: HashMap<Digest, Bytes>,
-    /// Reads at or after this offset fail.
-    fails_at: Option<u64>,
-    /// Reads wait until this is true.
-    open: Option<watch::Receiver<bool>>,
-    /// Lookups and opens fail.
-    broken: bool,
-    /// Counts the bytes that were read.
-    reads: Arc<AtomicUsize>,
-}
-
-impl TestStore {
-    fn with(blob: &Bytes) -> Self {
-        Self { blobs: HashMap::from([(Digest::of(blob), blob.clone())]), ..Self::default() }
-    }
-
-    fn check_works(&self) -> Result<(), StoreError> {
-        if self.broken { Err(StoreError::Other("the disk is gone".into())) } else { Ok(()) }
-    }
-}
-
-struct TestBlobReader {
-    blob: Bytes,
-    digest: Digest,
-    fails_at: Option<u64>,
-    open: Option<watch::Receiver<bool>>,
-    reads: Arc<AtomicUsize>,
-}
-
-#[async_trait]
-impl BlobReader for TestBlobReader {
-    fn size(&self) -> u64 {
-        self.blob.len() as u64
-    }
-
-    async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError> {
-        if let Some(open) = &mut self.open {
-            open.wait_for(|open| *open).await.map_err(|_| StoreError::Absent(self.digest))?;
-        }
-        if self.fails_at.is_some_and(|at| offset >= at) {
-            return Err(StoreError::Other("the disk is on fire".into()));
-        }
-        let from = usize::try_from(offset).unwrap().min(self.blob.len());
-        let bytes = self.blob.slice(from..self.blob.len().min(from + limit));
-        self.reads.fetch_add(bytes.len(), Ordering::Relaxed);
-        Ok(bytes)
-    }
-}
-
-fn unused<T>() -> Result<T, StoreError> {
-    Err(StoreError::Other("serving does not need this".into()))
-}
-
-#[async_trait]
-impl ContentStore for TestStore {
-    async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        self.check_works()?;
-        Ok(self.blobs.get(&digest).map(|blob| BlobInfo {
-            digest,
-            size: blob.len() as u64,
-            sources: Vec::new(),
-            has_children: false,
-        }))
-    }
-    async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError> {
-        self.check_works()?;
-        let blob = self.blobs.get(&digest).ok_or(StoreError::Absent(digest))?.clone();
-        let (open, reads) = (self.open.clone(), self.reads.clone());
-        Ok(Box::new(TestBlobReader { blob, digest, fails_at: self.fails_at, open, reads }))
-    }
-    async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
-        unused()
-    }
-    async fn create(&self, _: Digest, _: u64, _: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        unused()
-    }
-    async fn stage(&self, _: Digest, _: u64, _: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
-        unused()
-    }
-    async fn add_metadata(&self, _: Digest, _: &BlobMetadata) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn discard(&self, _: Digest, _: &Pin) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
-        unused()
-    }
-    async fn put_image(&self, _: &ImageRecord) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn remove_image(&self, _: &str, _: Digest) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn snapshots(&self, _: Digest) -> Result<Snapshots, StoreError> {
-        unused()
-    }
-    async fn pin(&self, _: Duration) -> Result<Pin, StoreError> {
-        unused()
-    }
-    async fn renew(&self, _: &Pin, _: Duration) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn release(&self, _: Pin) -> Result<(), StoreError> {
-        unused()
-    }
-    fn changes(&self) -> watch::Receiver<u64> {
-        watch::channel(0).1
-    }
-    async fn disks(&self) -> Result<Disks, StoreError> {
-        unused()
-    }
 }
 
 /// Admits every peer, or the peers on a list.
@@ -405,4 +292,9 @@ fn hello() -> Hello {
 /// The admission of a peer that was never dialed.
 fn unbounded_admission() -> PeerAdmission {
     PeerAdmission { credential: Credential::default(), valid_until: Duration::MAX, pod: None }
+}
+
+async fn assert_closed_with(connection: &Connection, code: VarInt, what: &str) {
+    let ended = connection.closed().await;
+    assert!(matches!(&ended, ConnectionError::ApplicationClosed(close) if close.error_code == code), "{what}: {ended}");
 }

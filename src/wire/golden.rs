@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::model::{
-    Bits, Introduction, InventoryChange, InventoryItem, InventorySnapshot, LeaveNotice, LogEntry, LogHead,
-    MemberSummary, Outage, OutageKind, PeerId, Profile, Refutation, Signature, Suspicion,
+    Bits, Credential, Introduction, InventoryChange, InventoryItem, InventorySnapshot, LeaveNotice, LogEntry, LogHead,
+    MemberSummary, Outage, OutageKind, PeerId, PieceMapUpdate, Profile, Refutation, Signature, Suspicion,
 };
-use crate::oci::Repository;
+use crate::oci::{Digest, Repository};
 
 /// The lines of the files, without the lines that were compared.
 #[derive(Default)]

@@ -1,9 +1,11 @@
+use serde::Deserialize;
+
 use super::*;
 use crate::model::{
-    Bits, Introduction, InventoryChange, InventoryItem, InventorySnapshot, LeaveNotice, LogEntry, LogHead, MAX_CHANGES,
-    MemberSummary, PeerId, Profile, Signature,
+    Bits, Credential, Introduction, InventoryChange, InventoryItem, InventorySnapshot, LeaveNotice, LogEntry, LogHead,
+    MAX_CHANGES, MemberSummary, PeerId, PieceMapUpdate, Profile, Signature,
 };
-use crate::oci::Repository;
+use crate::oci::{Digest, Repository};
 
 const MAJOR: u8 = Versions::TRANSFER.current().version().major;
 const MINOR: u8 = Versions::TRANSFER.current().version().minor;

@@ -1,12 +1,14 @@
 //! The containerd store against containerd 1.7, 2.3 and 2.4, each with its own process, folders and
 //! socket.
 
+mod changes;
 mod crashes;
 pub(crate) mod daemon;
 mod daemon_info;
 mod discarding;
 mod host_root;
 mod images;
+mod ingests;
 mod layer_refill;
 mod protection;
 mod record_removal;
@@ -22,14 +24,19 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use changes::{changes_are_noticed_after_a_restart, changes_by_other_clients_are_noticed};
 use crashes::a_commit_aborted_at_any_point_leaves_no_partial_record;
 use daemon::Daemon;
 use daemon_info::{the_sandbox_image_is_read_from_containers, version_and_settings_of_containerd_are_read};
 use host_root::{folders_below_the_root_of_a_node_are_found, unmounted_folders_have_no_disk_figures};
 use images::{every_kind_of_image_is_recovered_and_survives_the_collector, labels_that_were_missing_are_written};
+use ingests::{
+    a_blob_of_another_namespace_is_written_again, a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob,
+    ingests_of_a_killed_agent_are_aborted_at_the_next_start, ingests_of_dropped_writers_are_aborted,
+};
 use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::oci::{Descriptor, Digest, Hasher, Repository};
-use lighterman::ports::{BlobMetadata, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, StoreError};
+use lighterman::ports::{BlobMetadata, Child, ChildKind, ContentStore, ImageRecord, Pin};
 use lighterman::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
 use protection::{
     a_pin_by_another_program_is_neither_marked_nor_ended,
@@ -49,8 +56,6 @@ use staging::{
     a_staged_blob_on_another_mount_is_sent, a_staged_blob_under_the_isolated_policy_is_sent,
     abandoned_staging_files_are_removed,
 };
-use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 use unpacking::{
     a_recovered_image_is_unpacked_before_its_record_is_written, an_abandoned_layer_is_removed,
     layers_are_unpacked_only_into_the_snapshotter_of_cri, partial_snapshots_of_a_killed_process_are_removed,
@@ -194,86 +199,6 @@ async fn read(store: &ContainerdStore, digest: Digest) -> Vec<u8> {
     }
 }
 
-async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(version: &str) {
-    let mut daemon = Daemon::start(version).await;
-    let store = daemon.store("killed");
-    let pin = store.pin(HOUR).await.unwrap();
-    let committed = write(&store, &content("kept", 3 << 20), &pin, &BlobMetadata::default()).await;
-    let bytes = content("interrupted", 12 << 20);
-    let digest = Digest::of(&bytes);
-    let mut writer = store.create(digest, bytes.len() as u64, &pin).await.unwrap();
-    writer.append(&[bytes.slice(..6 << 20)]).await.unwrap();
-
-    daemon.kill();
-    let failed = timeout(WAIT_DEADLINE, append_until_it_fails(writer.as_mut(), &bytes)).await.unwrap();
-    assert!(matches!(failed, StoreError::Unavailable(_)), "{failed:?}");
-    drop(writer);
-    let absent = timeout(WAIT_DEADLINE, store.blob(committed.digest)).await.unwrap();
-    let Err(StoreError::Unavailable(text)) = absent else { panic!("{absent:?}") };
-    assert!(text.contains("containerd.sock"), "{text}");
-    assert!(timeout(WAIT_DEADLINE, store.ready()).await.unwrap().is_err());
-
-    daemon.restart().await;
-    assert_eq!(store.blob(digest).await.unwrap(), None);
-    assert_eq!(read(&store, committed.digest).await, content("kept", 3 << 20));
-    let rewritten = write(&store, &bytes, &pin, &BlobMetadata::default()).await;
-    assert_eq!(read(&store, rewritten.digest).await, bytes);
-}
-
-/// The connection accepts some messages before an append fails.
-async fn append_until_it_fails(writer: &mut dyn BlobWriter, bytes: &Bytes) -> StoreError {
-    for _ in 0..6 {
-        if let Err(error) = writer.append(&[bytes.slice(..1 << 20)]).await {
-            return error;
-        }
-    }
-    panic!("all six appends to a killed containerd succeeded");
-}
-
-/// Waits until containerd has no open ingest of the agent.
-async fn wait_no_ingests(daemon: &Daemon, containerd_namespace: &str) {
-    let waiting = async {
-        while daemon.ctr(containerd_namespace, &["content", "active"]).contains("lighterman-") {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    timeout(WAIT_DEADLINE, waiting).await.expect("the abandoned ingest is aborted");
-}
-
-async fn begin_ingest(store: &ContainerdStore, pin: &Pin) -> Box<dyn BlobWriter> {
-    let bytes = content("begun", 5 << 20);
-    let mut writer = store.create(Digest::of(&bytes), bytes.len() as u64, pin).await.unwrap();
-    writer.append(&[bytes.slice(..4 << 20)]).await.unwrap();
-    writer
-}
-
-async fn ingests_of_dropped_writers_are_aborted(version: &str) {
-    let daemon = Daemon::start(version).await;
-    let store = daemon.store("dropped");
-    let stop = CancellationToken::new();
-    let running = tokio::spawn(store.clone().run(stop.clone()));
-    let pin = store.pin(HOUR).await.unwrap();
-    let writer = begin_ingest(&store, &pin).await;
-    assert!(daemon.ctr("dropped", &["content", "active"]).contains("lighterman-"), "ctr lists the open ingest");
-    drop(writer);
-    wait_no_ingests(&daemon, "dropped").await;
-    stop.cancel();
-    timeout(WAIT_DEADLINE, running).await.expect("the store's task ends after the stop").unwrap();
-}
-
-async fn ingests_of_a_killed_agent_are_aborted_at_the_next_start(version: &str) {
-    let daemon = Daemon::start(version).await;
-    let killed = daemon.store("left");
-    let pin = killed.pin(HOUR).await.unwrap();
-    drop(begin_ingest(&killed, &pin).await);
-    assert!(daemon.ctr("left", &["content", "active"]).contains("lighterman-"), "ctr lists the open ingest");
-
-    let stop = CancellationToken::new();
-    let _stopped = stop.clone().drop_guard();
-    tokio::spawn(daemon.store("left").run(stop));
-    wait_no_ingests(&daemon, "left").await;
-}
-
 async fn labels_of_other_clients_survive(version: &str) {
     let daemon = Daemon::start(version).await;
     let store = daemon.store("labels");
@@ -298,63 +223,6 @@ async fn labels_of_other_clients_survive(version: &str) {
     ] {
         assert!(listed.contains(&label), "{label} is not in {listed}");
     }
-}
-
-/// Under the default content policy (`shared`) containerd would adopt the other namespace's copy at
-/// the commit, if the agent wrote no bytes.
-async fn a_blob_of_another_namespace_is_written_again(version: &str) {
-    let daemon = Daemon::start(version).await;
-    let (store, other_store) = (daemon.store("here"), daemon.store("there"));
-    let bytes = content("in both", (3 << 20) + 1);
-    let pin = other_store.pin(HOUR).await.unwrap();
-    let blob = write(&other_store, &bytes, &pin, &BlobMetadata::default()).await;
-    assert_eq!(store.blob(blob.digest).await.unwrap(), None, "the blob is absent in this namespace");
-    let pin = store.pin(HOUR).await.unwrap();
-    // An abandoned ingest: containerd offered the other namespace's copy first, so the later abort
-    // leaves the file with its 3 MiB. The next write has to empty the file.
-    let mut writer = store.create(blob.digest, blob.size, &pin).await.unwrap();
-    writer.append(&[bytes.slice(..3 << 20)]).await.unwrap();
-    drop(writer);
-    write(&store, &bytes, &pin, &BlobMetadata::default()).await;
-    assert_eq!(read(&store, blob.digest).await, bytes);
-}
-
-async fn changes_by_other_clients_are_noticed(version: &str) {
-    let daemon = Daemon::start(version).await;
-    let (store, other_client) = (daemon.store("events"), daemon.store("events"));
-    let stop = CancellationToken::new();
-    let _stopped = stop.clone().drop_guard();
-    let mut changes = store.changes();
-    tokio::spawn(store.clone().run(stop));
-    timeout(WAIT_DEADLINE, changes.changed()).await.expect("the first connection counts as a change").unwrap();
-
-    let pin = other_client.pin(HOUR).await.unwrap();
-    let target = write(&other_client, &content("noticed", 100), &pin, &BlobMetadata::default()).await;
-    // containerd may subscribe a moment after the connection, so the test repeats the record.
-    let waiting = async {
-        for n in 0.. {
-            let record = ImageRecord { name: format!("example.org/noticed:{n}"), target: target.clone() };
-            other_client.put_image(&record).await.unwrap();
-            if timeout(Duration::from_millis(500), changes.changed()).await.is_ok() {
-                break;
-            }
-        }
-    };
-    timeout(WAIT_DEADLINE, waiting).await.expect("the store notices records of other clients");
-}
-
-async fn changes_are_noticed_after_a_restart(version: &str) {
-    let mut daemon = Daemon::start(version).await;
-    let store = daemon.store("restarted");
-    let stop = CancellationToken::new();
-    let _stopped = stop.clone().drop_guard();
-    let mut changes = store.changes();
-    tokio::spawn(store.clone().run(stop));
-    timeout(WAIT_DEADLINE, changes.changed()).await.expect("the first connection counts as a change").unwrap();
-    daemon.kill();
-    changes.mark_unchanged();
-    daemon.restart().await;
-    timeout(WAIT_DEADLINE, changes.changed()).await.expect("the store reconnects after the restart").unwrap();
 }
 
 /// Writes an image with a layer that does not unpack. For a new record the CRI plugin reads only

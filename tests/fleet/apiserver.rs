@@ -15,7 +15,7 @@ use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
 use kube::api::PostParams;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
-use lighterman::cluster::Config;
+use lighterman::api_server::Config;
 use lighterman::model::PodRef;
 use serde_json::{Value, json};
 

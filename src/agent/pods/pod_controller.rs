@@ -5,11 +5,16 @@
 //! nudges, Events) runs in a [`JoinSet`] beside the task and returns a result. `reconcile` decides
 //! which images a pod needs, `probes` contacts registries and reads the kubelet's Events, and
 //! `completion` acts on the end of a recovery. `stalled_pulls` ends containerd's silent
-//! connections, and `waiting_pod` holds the state of one pod.
+//! connections, and `waiting_pod` holds the state of one pod. `opt_in_sources` reads opt-ins,
+//! `image_records` compares the needs of pods with this node, and `running_recovery` starts
+//! recoveries.
 
 mod completion;
+mod image_records;
+mod opt_in_sources;
 mod probes;
 mod reconcile;
+mod running_recovery;
 mod stalled_pulls;
 mod waiting_pod;
 
@@ -21,18 +26,18 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use self::reconcile::OptInSources;
+use self::opt_in_sources::OptInSources;
+use self::running_recovery::RunningRecovery;
 use self::stalled_pulls::{EndedConnections, StallWatch};
 use self::waiting_pod::WaitingPod;
 use crate::agent::membership::announcer::RecordTargets;
 use crate::agent::pods::notifications::NotificationQueue;
 use crate::agent::pods::pod_notifier::PodNotifier;
 use crate::agent::pods::registry_health::{RegistryHealth, RegistryProbe};
-use crate::agent::recovery::progress::{Progress, RecoveryTracker};
+use crate::agent::recovery::progress::RecoveryTracker;
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::recovered_image::{RecoveredImage, ResolvedImage};
-use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::decide::container_records::ContainerRecords;
 use crate::decide::opt_in::InvalidAnnotation;
 use crate::decide::policy::{Policy, RecoveryOptions};
@@ -49,9 +54,6 @@ const TICK: Duration = Duration::from_secs(2);
 /// Concurrent reads of opt-ins and Events from the API server. A full node has a hundred pods, and
 /// the adapter's cache answers most of these reads.
 const MAX_API_REQUESTS: usize = 4;
-
-/// Registries probed at a time because images of this node name them. A cluster uses a handful.
-const MAX_PROBED_REGISTRIES: usize = 16;
 
 /// Interval of probes to registries of this node's images that have never answered. A registry that
 /// only mirrors serve never answers: with three such registries a node sends 18 requests in an
@@ -125,17 +127,6 @@ pub struct PodController {
     /// Work in flight: the recoveries that the queue admits, and a few reads, nudges and Events for
     /// each waiting pod.
     work: JoinSet<WorkResult>,
-}
-
-struct RunningRecovery {
-    stop: CancellationToken,
-    began: Instant,
-    /// When the pod that wants the image was seen; `None` for a retry.
-    requested: Option<Instant>,
-    progress: Arc<Progress>,
-    /// Pods that waited for the image and started before the recovery's end reached this task. Each
-    /// still gets an Event.
-    started_pods: BTreeSet<PodRef>,
 }
 
 /// Result of work in [`PodController::work`].
@@ -317,33 +308,6 @@ impl PodController {
         self.reconcile_all();
     }
 
-    /// Finds records that are new, or have a new target, without a recovery: containerd pulled the
-    /// image, so containerd reaches the registry.
-    fn on_image_records(&mut self) {
-        let records = self.image_records.borrow_and_update().clone();
-        if let (Some(previous), Some(current)) = (&self.previous_image_records, &records) {
-            for (name, target) in current.iter().filter(|(name, target)| previous.get(*name) != Some(*target)) {
-                let Ok(name) = name.parse::<Reference>() else { continue };
-                if !self.tracker.has_recorded(&name, *target) {
-                    self.registries.record_pull_success(&name.repository().registry, now());
-                }
-            }
-        }
-        self.probe_registries_of(records.as_deref());
-        self.previous_image_records = records;
-    }
-
-    /// Probes each registry of this node's images until the registry answers once. A later silence
-    /// is then evidence of an outage.
-    fn probe_registries_of(&mut self, records: Option<&BTreeMap<String, Digest>>) {
-        let references = records.into_iter().flat_map(BTreeMap::keys).filter_map(|name| name.parse::<Reference>().ok());
-        let registries: BTreeSet<_> = references.map(|reference| reference.repository().registry.clone()).collect();
-        let unanswered = registries.into_iter().filter(|registry| !self.registries.has_answered(registry));
-        for registry in unanswered.take(MAX_PROBED_REGISTRIES).collect::<Vec<_>>() {
-            self.probe_registry(&registry);
-        }
-    }
-
     fn on_tick(&mut self) {
         let now = now();
         for registry in self.registries.down_registries(now) {
@@ -372,56 +336,6 @@ impl PodController {
         self.is_measuring_disks = true;
         let recoverer = Arc::clone(&self.recoverer);
         self.work.spawn(async move { WorkResult::DisksMeasured(recoverer.take_freed_space().await) });
-    }
-
-    /// Readies only recoveries that have a provider now: in a large cluster some peer announces an
-    /// item all the time.
-    fn on_providers_changed(&mut self) {
-        let (resolver, unprovided) = (&self.recoverer.resolver, &self.unprovided_blobs);
-        let has_provider = |digest: &Digest| !resolver.inventory.blob_providers(*digest).is_empty();
-        self.queue.providers_changed(|reference| {
-            resolver.has_provider(reference)
-                && unprovided.get(reference).is_none_or(|blobs| blobs.iter().all(has_provider))
-        });
-    }
-
-    fn start_due_recoveries(&mut self) {
-        while let Some(reference) = self.queue.start_next(now()) {
-            let stop = CancellationToken::new();
-            let progress = self.tracker.begin(&reference);
-            let running = RunningRecovery {
-                stop: stop.clone(),
-                began: Instant::now(),
-                requested: self.requested_since.remove(&reference),
-                progress: Arc::clone(&progress),
-                started_pods: BTreeSet::new(),
-            };
-            self.running.insert(reference.clone(), running);
-            self.metrics.recovery_started();
-            let recoverer = Arc::clone(&self.recoverer);
-            let request = self.request_for(reference);
-            let dry_run = self.options.dry_run;
-            self.work.spawn(async move {
-                if dry_run {
-                    let result = recoverer.find(&request).await;
-                    return WorkResult::DryRunEnded { reference: request.reference, result };
-                }
-                let result = recoverer.recover(&request, &progress, &stop).await;
-                WorkResult::RecoveryEnded { reference: request.reference, result }
-            });
-        }
-    }
-
-    /// The image, with the pull secrets of all pods that wait for it.
-    fn request_for(&self, reference: Reference) -> RecoveryRequest {
-        let pods = self.waiting.iter().filter(|(_, pod)| pod.needed.contains(&reference));
-        let secrets: BTreeSet<_> = pods
-            .flat_map(|(pod, waiting)| {
-                waiting.view.pull_secrets.iter().map(|name| (pod.k8s_namespace.clone(), name.clone()))
-            })
-            .collect();
-        let verify_layers = self.waiting.values().any(|waiting| waiting.is_content_missing(&reference));
-        RecoveryRequest { reference, pull_secrets: secrets.into_iter().collect(), verify_layers, resolved_digest: None }
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::decide::disk::Disks;
-use crate::decide::disk::OverLimit;
+use crate::decide::disk_floor::Disks;
+use crate::decide::disk_floor::OverLimit;
 use crate::decide::disk_reservations::{MeasurementStart, Reservation, Reservations};
 use crate::decide::layer_stack::{TRAILER, unpacked_bytes};
 use crate::decide::policy::Policy;

@@ -15,7 +15,7 @@ use crate::agent::recovery::blob_fetcher::LocalBlob;
 use crate::agent::recovery::disk_space::{LayerReservation, NoDiskSpace};
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::decide::disk::OverLimit;
+use crate::decide::disk_floor::OverLimit;
 use crate::decide::layer_stack::{LayerStack, NextLayer};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Manifest, Reference, RootFs, RootFsError};

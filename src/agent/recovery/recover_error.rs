@@ -1,6 +1,6 @@
 //! Reasons of a failed recovery. Each reason maps to one retry, one metric and one Event.
 
-use crate::decide::disk::OverLimit;
+use crate::decide::disk_floor::OverLimit;
 use crate::decide::recovery_queue::RecoveryEnd;
 use crate::decide::transport_choice::TooLarge;
 use crate::metrics::RecoveryOutcome;

@@ -30,7 +30,7 @@ use self::filler::Filler;
 use self::local_images::LocalImages;
 pub use self::pod_images::{PodImages, UsedImages};
 use crate::agent::recovery::recover::Recoverer;
-use crate::decide::disk::FileSystem;
+use crate::decide::disk_floor::FileSystem;
 use crate::decide::fill::UnfilledReason;
 use crate::decide::retain::{
     LEASE_DURATION, LayerLease, LeaseAction, RetainCandidate, RetainFacts, RetainOptions, actions, allowed_bytes,

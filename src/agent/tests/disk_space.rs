@@ -8,8 +8,8 @@ use super::pod_controller::{REFUSED, RunningController, failing_pod};
 use super::*;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::decide::disk::OverLimit;
-use crate::decide::disk::{Disks, FileSystem, Volume};
+use crate::decide::disk_floor::OverLimit;
+use crate::decide::disk_floor::{Disks, FileSystem, Volume};
 use crate::ports::PodReportKind;
 
 const GIB: u64 = 1 << 30;

@@ -188,9 +188,7 @@ async fn a_tag_whose_registry_does_not_answer_is_left_to_the_kubelet() {
     let down = RegistryError::Down { registry: "r.test".into(), kind: OutageKind::Refused };
     node.registry.set_failure("r.test", Some(down));
     let mut agent = start_agent(&node, IMAGE, false).await;
-    agent
-        .wait_for_status(|missing| missing.is_some_and(|reason| reason.contains("does not say what the tag is")))
-        .await;
+    agent.wait_for_status(|missing| missing.is_some_and(|reason| reason.contains("did not resolve the tag"))).await;
     tokio::time::sleep(HOUR).await;
     assert!(!has_record(&node, IMAGE).await);
     node.registry.set_failure("r.test", None);

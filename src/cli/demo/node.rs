@@ -24,7 +24,7 @@ use crate::metrics::Metrics;
 use crate::model::PeerId;
 use crate::oci::{Digest, Reference};
 use crate::ports::{ImportPermission, PodEvent};
-use crate::testing::{MemoryCluster, MemoryRegistry};
+use crate::simulated::{MemoryCluster, MemoryRegistry};
 use crate::{mesh, transfer};
 
 const GRACE: Duration = Duration::from_secs(5);

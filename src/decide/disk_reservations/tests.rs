@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::decide::disk::{FileSystem, Volume};
+use crate::decide::disk_floor::{FileSystem, Volume};
 
 /// Bytes that stay free.
 const FLOOR: u64 = 100;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::*;
 use crate::model::{
     InventoryChange, InventoryItem, InventorySnapshot, LeaveNotice, LogEntry, LogHead, Profile, Refutation, Suspicion,
-    SyncReply, changes_digest, state_digest,
+    SyncReply, SyncRequest, changes_digest, state_digest,
 };
 use gossip_cluster::{GossipCluster, blob, id, peer, test_signature};
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::mem::size_of;
 
 use super::hash_table_bytes;
-use super::providers::{PeerNumber, Providers};
+use super::peer_sets::{PeerNumber, Providers};
 use crate::model::{InventoryItem, Outage};
 use crate::oci::{Digest, Repository};
 

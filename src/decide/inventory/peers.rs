@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::mem::size_of;
 
 use super::hash_table_bytes;
-use super::providers::{Bitmap, PeerNumber};
+use super::peer_sets::{Bitmap, PeerNumber};
 use crate::model::{Peer, PeerId};
 
 /// All peers, up or hidden.

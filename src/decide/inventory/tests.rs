@@ -7,7 +7,7 @@ use rand::{SeedableRng, rngs::SmallRng};
 
 use super::*;
 
-fn id(number: u8) -> PeerId {
+pub(super) fn id(number: u8) -> PeerId {
     PeerId::from_public_key([number; 32])
 }
 
@@ -22,15 +22,15 @@ fn peer(number: u8) -> Peer {
     }
 }
 
-fn blob(text: &str) -> Digest {
+pub(super) fn blob(text: &str) -> Digest {
     Digest::of(text.as_bytes())
 }
 
-fn repository(path: &str) -> Repository {
+pub(super) fn repository(path: &str) -> Repository {
     Repository { registry: "registry.test".into(), path: path.into() }
 }
 
-fn tagged(path: &str, tag: &str, digest: Digest) -> InventoryItem {
+pub(super) fn tagged(path: &str, tag: &str, digest: Digest) -> InventoryItem {
     InventoryItem::Image(repository(path), Some(tag.into()), digest)
 }
 
@@ -38,7 +38,7 @@ fn outage(registry: &str, since: u64) -> InventoryItem {
     InventoryItem::Outage(Outage { registry: registry.into(), kind: OutageKind::TimedOut, since })
 }
 
-fn inventory(contents: impl IntoIterator<Item = (u8, Vec<InventoryItem>)>) -> Inventory {
+pub(super) fn inventory(contents: impl IntoIterator<Item = (u8, Vec<InventoryItem>)>) -> Inventory {
     let mut inventory = Inventory::default();
     for (number, items) in contents {
         inventory.apply(MeshEvent::Up(peer(number)));
@@ -59,22 +59,6 @@ fn a_blob_has_the_providers_that_announced_the_blob() {
     assert_eq!(inventory.node_of(id(2)).unwrap().as_str(), "node-2");
     inventory.apply(MeshEvent::Changed(id(2), vec![InventoryChange::Removed(InventoryItem::Blob(blob("a")))]));
     assert_eq!(inventory.blob_providers(blob("a")), [id(1)]);
-}
-
-#[test]
-fn an_image_provider_has_the_blob_and_a_record_in_the_same_repository() {
-    let image = blob("index");
-    let inventory = inventory([
-        (1, vec![InventoryItem::Blob(image), tagged("team/app", "v1", image)]),
-        (2, vec![InventoryItem::Blob(image), tagged("other/app", "v1", image)]),
-        (3, vec![tagged("team/app", "v1", image)]),
-        (4, vec![InventoryItem::Blob(image), InventoryItem::Image(repository("team/app"), None, image)]),
-        (5, vec![InventoryItem::Blob(image), tagged("team/app", "v1", blob("another"))]),
-    ]);
-    assert_eq!(inventory.image_providers(&repository("team/app"), image), [id(1), id(4)]);
-    assert_eq!(inventory.image_providers(&repository("other/app"), image), [id(2)]);
-    let elsewhere = Repository { registry: "invented.test".into(), path: "team/app".into() };
-    assert_eq!(inventory.image_providers(&elsewhere, image), [], "an invented registry has no provider");
 }
 
 #[test]

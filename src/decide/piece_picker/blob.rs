@@ -1,12 +1,13 @@
 //! One blob of the picker: its pieces, their requests, and the providers of each piece.
 
+mod availability;
+
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::peers::PeerIndex;
 use super::piece_set::PieceSet;
 use super::{Provider, mix};
-use crate::model::{MAX_HAVE_PIECES, PieceMapUpdate};
 use crate::oci::{Digest, MAX_PIECES, PieceLayout};
 
 /// A late request, or the endgame, adds a second request for a piece; never a third.
@@ -68,9 +69,11 @@ pub(super) struct SelectedProvider {
     /// The provider is in another zone.
     pub(super) is_far: bool,
     pub(super) is_whole: bool,
-    /// Sends piece maps to us, and has not sent [`PieceMapUpdate::HaveAll`] yet.
+    /// Sends piece maps to us, and has not sent [`HaveAll`](crate::model::PieceMapUpdate::HaveAll)
+    /// yet.
     pub(super) is_followed: bool,
-    /// Sent [`PieceMapUpdate::HaveAll`]. The inventory may list the peer as partial for longer.
+    /// Sent [`HaveAll`](crate::model::PieceMapUpdate::HaveAll). The inventory may list the peer as
+    /// partial for longer.
     pub(super) announced_whole: bool,
     /// The last request was late or failed. The provider's pieces may be requested from other
     /// zones.
@@ -239,96 +242,6 @@ impl BlobPicker {
     pub(super) fn deselect(&mut self, index: usize) -> SelectedProvider {
         self.set_pieces(index, PieceSet::none(self.request_counts.len()));
         self.selected.remove(index)
-    }
-
-    pub(super) fn record_piece_map(&mut self, index: usize, update: &PieceMapUpdate) {
-        match update {
-            PieceMapUpdate::HaveAll => {
-                self.set_whole(index);
-                self.selected[index].is_followed = false;
-                self.selected[index].announced_whole = true;
-            }
-            PieceMapUpdate::Map(bits) => {
-                let mut announced = PieceSet::none(self.request_counts.len());
-                // `insert` drops pieces beyond the end, and the loop reads no more bytes than the
-                // blob has pieces.
-                let bits = bits.0.iter().take(self.request_counts.len().div_ceil(8)).enumerate();
-                for (byte_index, byte) in bits {
-                    (0..8).filter(|bit| byte & 1 << bit != 0).for_each(|bit| {
-                        announced.insert(byte_index as u32 * 8 + bit);
-                    });
-                }
-                self.set_pieces(index, announced);
-            }
-            PieceMapUpdate::Have(pieces) => {
-                pieces.iter().take(MAX_HAVE_PIECES).for_each(|piece| self.add_piece(index, *piece))
-            }
-        }
-    }
-
-    pub(super) fn set_whole(&mut self, index: usize) {
-        self.clear_pieces(index);
-        let provider = &mut self.selected[index];
-        (provider.is_whole, provider.useful_count) = (true, self.unassigned_count);
-        self.near_whole += usize::from(provider.is_near());
-    }
-
-    pub(super) fn clear_pieces(&mut self, index: usize) {
-        self.set_pieces(index, PieceSet::none(self.request_counts.len()));
-    }
-
-    fn set_pieces(&mut self, index: usize, pieces: PieceSet) {
-        self.count_availability(index, false);
-        let provider = &mut self.selected[index];
-        (provider.is_whole, provider.useful_count) = (false, pieces.and(&self.unassigned).count());
-        provider.pieces = pieces;
-        self.count_availability(index, true);
-    }
-
-    /// Adds a provider's pieces to the availability counts, or subtracts them.
-    fn count_availability(&mut self, index: usize, is_more: bool) {
-        let Self { selected: providers, availability: counts, near_availability: near_counts, near_whole, .. } = self;
-        let provider = &providers[index];
-        let step = |count: &mut u16| if is_more { *count += 1 } else { *count -= 1 };
-        provider.pieces.iter().for_each(|piece| step(&mut counts[piece as usize]));
-        if !provider.is_near() {
-            return;
-        }
-        provider.pieces.iter().for_each(|piece| step(&mut near_counts[piece as usize]));
-        if provider.is_whole && is_more {
-            *near_whole += 1;
-        } else if provider.is_whole {
-            *near_whole -= 1;
-        }
-    }
-
-    pub(super) fn set_unproductive(&mut self, index: usize, is_unproductive: bool) {
-        if self.selected[index].is_unproductive != is_unproductive {
-            self.count_availability(index, false);
-            self.selected[index].is_unproductive = is_unproductive;
-            self.count_availability(index, true);
-        }
-    }
-
-    fn add_piece(&mut self, index: usize, piece: u32) {
-        let provider = &mut self.selected[index];
-        if provider.is_whole || !provider.pieces.insert(piece) {
-            return;
-        }
-        provider.useful_count += usize::from(self.unassigned.contains(piece));
-        self.availability[piece as usize] += 1;
-        self.near_availability[piece as usize] += u16::from(provider.is_near());
-    }
-
-    /// For a provider that announced the piece and did not send the piece.
-    pub(super) fn remove_piece(&mut self, index: usize, piece: u32) {
-        let provider = &mut self.selected[index];
-        if provider.is_whole || !provider.pieces.remove(piece) {
-            return;
-        }
-        provider.useful_count -= usize::from(self.unassigned.contains(piece));
-        self.availability[piece as usize] -= 1;
-        self.near_availability[piece as usize] -= u16::from(provider.is_near());
     }
 
     /// Whether the provider has the piece. Pieces of our own zone's providers are not fetched from

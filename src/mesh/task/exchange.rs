@@ -150,10 +150,8 @@ impl MeshTask {
         };
         let outbound_id = self.swarm.behaviour_mut().questions.send_request(&to, encoded);
         // A little longer than libp2p's own timeout.
-        self.open_requests.insert(
-            outbound_id,
-            OpenRequest { sync_request_id: sync_request_id, deadline: now + SYNC_TIMEOUT + SYNC_TIMEOUT / 5 },
-        );
+        self.open_requests
+            .insert(outbound_id, OpenRequest { sync_request_id, deadline: now + SYNC_TIMEOUT + SYNC_TIMEOUT / 5 });
     }
 
     pub(super) fn sync_event(&mut self, event: SyncEvent, now: Instant) {
@@ -165,9 +163,7 @@ impl MeshTask {
                 }
             }
             Event::Message { message: Message::Response { request_id, response }, .. } => {
-                if let Some(OpenRequest { sync_request_id: sync_request_id, .. }) =
-                    self.open_requests.remove(&request_id)
-                {
+                if let Some(OpenRequest { sync_request_id, .. }) = self.open_requests.remove(&request_id) {
                     self.with_inventory(|protocol, inventory| {
                         protocol.receive_reply(sync_request_id, response, inventory, now)
                     });
@@ -234,7 +230,7 @@ impl MeshTask {
     }
 
     fn record_unanswered(&mut self, id: OutboundRequestId, error: &dyn Display, now: Instant) {
-        if let Some(OpenRequest { sync_request_id: sync_request_id, .. }) = self.open_requests.remove(&id) {
+        if let Some(OpenRequest { sync_request_id, .. }) = self.open_requests.remove(&id) {
             debug!(%error, "a sync request has no reply");
             self.protocol.record_request_failure(sync_request_id, now);
         }

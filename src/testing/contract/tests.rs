@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 
 use super::*;
-use crate::decide::disk::Disks;
+use crate::decide::disk_floor::Disks;
 use crate::ports::{BlobReader, Snapshots};
 use crate::testing::MemoryStore;
 

@@ -5,10 +5,10 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use async_trait::async_trait;
 
 use super::{MemoryStore, State};
-use crate::decide::disk::Disks;
+use crate::decide::disk_floor::Disks;
 use crate::oci::{Digest, StackedLayer};
 use crate::ports::{Pin, Snapshots, StoreError, UnpackError, UnpackOutcome, Unpacker};
-use crate::testing::image::Compression;
+use crate::testing::decompress::decompress;
 
 /// Chain IDs of unpacked layers, with the chain ID of the parent.
 pub(super) type SnapshotParents = HashMap<Digest, Option<Digest>>;
@@ -92,7 +92,7 @@ impl Unpacker for MemoryStore {
             return Err(StoreError::Other(format!("the parent layer {parent} is not unpacked")).into());
         }
         let blob = state.blobs.get(&layer.blob.digest).ok_or(StoreError::Absent(layer.blob.digest))?;
-        let archive = Compression::decompress(&blob.bytes);
+        let archive = decompress(&blob.bytes);
         let archive = archive.ok_or_else(|| StoreError::Other(format!("{} is no layer", layer.blob.digest)))?;
         let actual = Digest::of(&archive);
         if actual != layer.diff_id {

@@ -1,12 +1,14 @@
 //! A staged blob in memory.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Mutex;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{BTreeSet, MemoryBlob, MemoryStore};
+use super::MemoryStore;
+use super::blob::MemoryBlob;
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, StagedBlob, StoreError};
 

@@ -7,7 +7,8 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::Api;
 use kube::api::DeleteParams;
-use lighterman::cluster::{Config, KubeCluster, TokenAdmission, TokenAdmissionOptions, connect};
+use lighterman::admission::{TokenAdmission, TokenAdmissionOptions};
+use lighterman::api_server::{ApiServer, Config, connect};
 use lighterman::metrics::Metrics;
 use lighterman::model::{Credential, PeerId};
 use lighterman::ports::{Admission, Rejection};
@@ -22,12 +23,12 @@ fn peer(n: u8) -> PeerId {
     PeerId::from_public_key([n; 32])
 }
 
-fn token_admission(cluster: &KubeCluster, peer: PeerId, options: TokenAdmissionOptions) -> TokenAdmission {
-    TokenAdmission::new(cluster, peer, options, Metrics::new())
+fn token_admission(api_server: &ApiServer, peer: PeerId, options: TokenAdmissionOptions) -> TokenAdmission {
+    TokenAdmission::new(api_server, peer, options, Metrics::new())
 }
 
 async fn admission(kube: &KubeNamespace, n: u8) -> TokenAdmission {
-    token_admission(&kube.agent().await, peer(n), TokenAdmissionOptions::default())
+    token_admission(&connect(kube.config()).await.unwrap(), peer(n), TokenAdmissionOptions::default())
 }
 
 fn expect_denied(verdict: Result<impl Sized, Rejection>) -> String {

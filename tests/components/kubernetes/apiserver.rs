@@ -9,7 +9,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use kube::api::DeleteParams;
-use lighterman::cluster::{KubeCluster, connect};
+use lighterman::api_server::connect;
+use lighterman::cluster::KubeCluster;
 use lighterman::model::PodRef;
 use serde_json::Value;
 
@@ -54,7 +55,7 @@ impl KubeNamespace {
     }
 
     pub(super) async fn agent(&self) -> KubeCluster {
-        connect(self.config()).await.unwrap()
+        KubeCluster::new(&connect(self.config()).await.unwrap())
     }
 
     /// The minor version of the API server.

@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 use kube::api::ListParams;
-use lighterman::cluster::{Config, KubeCluster, connect};
+use lighterman::api_server::{Config, connect};
+use lighterman::cluster::KubeCluster;
 use lighterman::oci::Digest;
 use lighterman::ports::{ClaimError, Claims};
 
@@ -16,7 +17,7 @@ fn digest() -> Digest {
 }
 
 async fn agent_on(kube: &KubeNamespace, node: &str) -> KubeCluster {
-    connect(Config { node: node.parse().unwrap(), ..kube.config() }).await.unwrap()
+    KubeCluster::new(&connect(Config { node: node.parse().unwrap(), ..kube.config() }).await.unwrap())
 }
 
 fn leases(kube: &KubeNamespace) -> Api<Lease> {

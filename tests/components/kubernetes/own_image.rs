@@ -7,7 +7,8 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams};
-use lighterman::cluster::{KubeCluster, connect};
+use lighterman::api_server::connect;
+use lighterman::cluster::KubeCluster;
 use lighterman::decide::own_image::OwnImages;
 use lighterman::ports::OwnDaemonSet;
 use serde_json::{Value, json};
@@ -51,7 +52,7 @@ async fn agent(kube: &KubeNamespace, uid: &str) -> Arc<KubeCluster> {
     });
     create::<Pod>(&kube.pods(), pod).await;
     let token = kube.token(SERVICE_ACCOUNT, None, None).await;
-    Arc::new(connect(kube.config_with(address().port(), &token)).await.unwrap())
+    Arc::new(KubeCluster::new(&connect(kube.config_with(address().port(), &token)).await.unwrap()))
 }
 
 fn names(images: &OwnImages) -> (Vec<String>, Option<Vec<String>>) {

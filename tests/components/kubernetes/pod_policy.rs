@@ -5,7 +5,8 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client};
-use lighterman::cluster::connect;
+use lighterman::api_server::connect;
+use lighterman::cluster::KubeCluster;
 use lighterman::model::PodRef;
 use lighterman::ports::{Cluster, ClusterError};
 use serde_json::{Value, json};
@@ -143,7 +144,7 @@ async fn the_policy_permits_the_nudge_of_own_pods_and_no_other_change() {
     with_deadline(async {
         let Some((kube, token)) = namespace_with_policies("podPolicy=always").await else { return };
         let client = client_with(&kube, &token).await;
-        let agent = connect(kube.config_of(&token)).await.unwrap();
+        let agent = KubeCluster::new(&connect(kube.config_of(&token)).await.unwrap());
         let [own, others] =
             [running_pod(&kube, "own", &kube.name).await, running_pod(&kube, "others", OTHER_NODE).await];
         let before = [pod_without_nudge(&kube, "own").await, pod_without_nudge(&kube, "others").await];
@@ -259,7 +260,7 @@ async fn the_policy_permits_the_nudge_of_a_large_pod() {
         let status = json!({ "status": { "containerStatuses": (0..100).map(waiting_status).collect::<Vec<_>>() } });
         kube.pods().patch_status("large", &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
         let pod = PodRef { k8s_namespace: kube.name.clone(), name: "large".into(), uid: created.metadata.uid.unwrap() };
-        connect(kube.config_of(&token)).await.unwrap().nudge(&pod).await.unwrap();
+        KubeCluster::new(&connect(kube.config_of(&token)).await.unwrap()).nudge(&pod).await.unwrap();
     })
     .await;
 }
@@ -270,7 +271,7 @@ async fn a_replaced_pod_is_gone_also_where_the_new_one_runs_on_another_node() {
         let Some((kube, token)) = namespace_with_policies("podPolicy=always,agent.deletePods=true").await else {
             return;
         };
-        let agent = connect(kube.config_of(&token)).await.unwrap();
+        let agent = KubeCluster::new(&connect(kube.config_of(&token)).await.unwrap());
         let old = kube.pod("web-0").await;
         wait_enforced(&kube, &client_with(&kube, &token).await).await;
         kube.delete_pod("web-0").await;
@@ -288,7 +289,7 @@ async fn the_policy_permits_the_deletion_of_own_pods_and_no_others() {
         let Some((kube, token)) = namespace_with_policies("podPolicy=always,agent.deletePods=true").await else {
             return;
         };
-        let agent = connect(kube.config_of(&token)).await.unwrap();
+        let agent = KubeCluster::new(&connect(kube.config_of(&token)).await.unwrap());
         let others = kube.pod_on("others", OTHER_NODE).await;
         // Until the API server enforces the policy, deletions of such pods succeed.
         for attempt in 0.. {
@@ -300,7 +301,8 @@ async fn the_policy_permits_the_deletion_of_own_pods_and_no_others() {
             }
         }
         assert!(matches!(agent.delete(&others).await, Err(ClusterError::Forbidden(text)) if text.contains("own node")));
-        let unbound = connect(kube.config_of(&kube.token(SERVICE_ACCOUNT, None, None).await)).await.unwrap();
+        let unbound =
+            KubeCluster::new(&connect(kube.config_of(&kube.token(SERVICE_ACCOUNT, None, None).await)).await.unwrap());
         let own = kube.pod("own").await;
         assert!(matches!(unbound.delete(&own).await, Err(ClusterError::Forbidden(_))));
         for name in ["others", "own"] {

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
-use lighterman::cluster::connect;
+use lighterman::api_server::connect;
+use lighterman::cluster::KubeCluster;
 use lighterman::model::{ContainerKind, ImageVolume, PodRef, PullPolicy};
 use lighterman::ports::{Cluster, ClusterError, PodEvent};
 use serde_json::json;
@@ -173,7 +174,7 @@ async fn the_watch_resumes_when_the_api_server_is_back() {
         let first = kube.pod("first").await;
         let proxy = Proxy::open().await;
         let config = kube.config_with(proxy.port(), "admin-of-the-tests");
-        let agent = connect(config).await.unwrap();
+        let agent = KubeCluster::new(&connect(config).await.unwrap());
         let synced = agent.synced();
         let mut watch = PodWatch::start(agent);
         watch.wait_event(|event| *event == PodEvent::Synced(vec![first.clone()])).await;
@@ -192,7 +193,7 @@ async fn an_agent_starts_while_the_api_server_is_away() {
     with_deadline(async {
         let kube = KubeNamespace::new().await;
         let port = Proxy::open().await.close().await;
-        let agent = connect(kube.config_with(port, "admin-of-the-tests")).await.unwrap();
+        let agent = KubeCluster::new(&connect(kube.config_with(port, "admin-of-the-tests")).await.unwrap());
         assert!(matches!(agent.namespace(&kube.name).await, Err(ClusterError::Unavailable(_))));
         let synced = agent.synced();
         let mut watch = PodWatch::start(agent);

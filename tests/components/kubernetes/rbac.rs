@@ -8,7 +8,9 @@ use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node, Pod, Secret,
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
-use lighterman::cluster::{KubeCluster, TokenAdmission, TokenAdmissionOptions, connect};
+use lighterman::admission::{TokenAdmission, TokenAdmissionOptions};
+use lighterman::api_server::{ApiServer, connect};
+use lighterman::cluster::KubeCluster;
 use lighterman::metrics::Metrics;
 use lighterman::model::{Owner, PeerId};
 use lighterman::oci::Digest;
@@ -27,8 +29,12 @@ async fn token(kube: &KubeNamespace) -> String {
     kube.token(SERVICE_ACCOUNT, None, Some(&pod)).await
 }
 
-async fn agent(kube: &KubeNamespace) -> KubeCluster {
+async fn api_server(kube: &KubeNamespace) -> ApiServer {
     connect(kube.config_with(address().port(), &token(kube).await)).await.unwrap()
+}
+
+async fn agent(kube: &KubeNamespace) -> KubeCluster {
+    KubeCluster::new(&api_server(kube).await)
 }
 
 async fn client(kube: &KubeNamespace) -> Client {
@@ -56,7 +62,8 @@ async fn the_charts_rights_suffice() {
     with_deadline(async {
         let kube = KubeNamespace::new().await;
         grant_rbac(&kube, "podPolicy=always").await;
-        let agent = agent(&kube).await;
+        let api_server = api_server(&kube).await;
+        let agent = KubeCluster::new(&api_server);
 
         let stop = CancellationToken::new();
         let (out, mut events) = tokio::sync::mpsc::channel(16);
@@ -109,7 +116,7 @@ async fn the_charts_rights_suffice() {
         assert_eq!(agent.delete_abandoned_claims(now).await.unwrap(), 1);
 
         let peer = PeerId::from_public_key([1; 32]);
-        let admission = TokenAdmission::new(&agent, peer, TokenAdmissionOptions::default(), Metrics::new());
+        let admission = TokenAdmission::new(&api_server, peer, TokenAdmissionOptions::default(), Metrics::new());
         let stop = CancellationToken::new();
         let credential = async {
             let credential = loop {
@@ -123,7 +130,7 @@ async fn the_charts_rights_suffice() {
         };
         let ((), credential) = tokio::join!(admission.run(stop.clone()), credential);
         let metrics = Metrics::new();
-        let other = TokenAdmission::new(&agent, peer, TokenAdmissionOptions::default(), metrics.clone());
+        let other = TokenAdmission::new(&api_server, peer, TokenAdmissionOptions::default(), metrics.clone());
         other.admit(peer, &credential).await.unwrap();
         let metrics_page = String::from_utf8(metrics.render()).unwrap();
         assert!(metrics_page.contains(r#"token_reviews_total{result="passed"} 1"#), "{metrics_page}");

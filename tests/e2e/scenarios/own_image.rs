@@ -88,7 +88,7 @@ fn upgrade(bed: &TestBed, before: &str, tag: &str, next: &str) -> Result<(), Tes
         wait_for(&format!("{node} to report the tag as unresolved"), WAIT_DEADLINE, || {
             let line = status_of(bed, node, tag)?;
             ensure(!has_image(bed, node, tag)?, format!("{node} resolved the tag without the registry"))?;
-            Ok(line.contains("does not say what the tag is").then_some(()))
+            Ok(line.contains("did not resolve the tag").then_some(()))
         })?;
     }
     set_template_image(bed, next, &on_delete)?;

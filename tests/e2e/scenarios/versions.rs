@@ -185,8 +185,8 @@ fn provide_image(space: &TestNamespace<'_>, name: &str, node: &str) -> Result<St
 }
 
 fn recover_image(space: &TestNamespace<'_>, name: &str, image: &str, node: &str) -> Result<(), TestError> {
-    // The previous build reads the annotation `auto-salvage` only. The Events of the two builds have
-    // different reasons.
+    // The previous build reads the annotation `auto-salvage` only. The Events of the two builds
+    // have different reasons.
     let annotations = json!({"lighterman.dev/recover": "true", "lighterman.dev/auto-salvage": "true"});
     space.bed.apply(&json!({
         "apiVersion": "v1", "kind": "Pod",

@@ -146,7 +146,7 @@ impl SwarmSimulation {
         let piece = if left == 0 {
             None
         } else {
-            let SwarmNode { sent, pieces, behavior: behavior, .. } = this;
+            let SwarmNode { sent, pieces, behavior, .. } = this;
             let has = |piece: u32| *behavior == NodeBehavior::Liar || pieces.get(piece as usize);
             sent.choose(digest, &allowed_pieces, 1, has).first().copied()
         };

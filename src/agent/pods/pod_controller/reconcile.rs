@@ -6,46 +6,18 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::waiting_pod::{PodOptIn, WaitingPod};
-use super::{PodController, WorkResult, now};
+use super::{PodController, now};
 use crate::agent::pods::notifications::PendingNotification;
 use crate::agent::pods::registry_health::RegistryHealth;
 use crate::decide::cause::{Cause, classify, failing_image, is_pending, names_another_host, waits_for_image};
-use crate::decide::opt_in::{InvalidAnnotation, OptIn, OptInPolicy, OptOutReason};
+use crate::decide::opt_in::OptOutReason;
 use crate::decide::pull_failure::{Consent, FailedPull, IgnoreReason, NotRecoverable, PullVerdict, STALLED, decide};
 use crate::decide::recovery_queue::JoinOutcome;
 use crate::model::{ContainerView, PodRef, PodView, PullPolicy};
 use crate::oci::Reference;
-use crate::ports::{Annotations, Cluster, ClusterError, NamespaceView, PodReportKind};
-
-/// Delay before a pod is reconciled again whose namespace could not be read. Longer than the 5 s
-/// for which the adapter remembers that the API server did not answer.
-const UNDECIDED_RETRY: Duration = Duration::from_secs(6);
-
-/// Distinct invalid annotations that are counted and logged. Further ones are ignored.
-const MAX_INVALID_ANNOTATIONS: usize = 256;
-
-/// The API server's part of a pod's opt-in.
-pub(super) struct OptInSources {
-    namespace: Arc<NamespaceView>,
-    /// Annotations of the owners; `None` where the pod and its namespace decide alone.
-    owners: Option<Vec<Arc<Annotations>>>,
-}
-
-impl OptInSources {
-    async fn read(cluster: &dyn Cluster, policy: &OptInPolicy, pod: &PodView) -> Result<Self, ClusterError> {
-        let namespace = cluster.namespace(&pod.pod.k8s_namespace).await?;
-        let (labels, annotations) = (&namespace.labels, &namespace.annotations);
-        let opt_in = policy.evaluate(pod, labels, annotations, None, &mut Vec::new());
-        let owners = match (opt_in, &pod.owner) {
-            (OptIn::NeedsOwners, Some(owner)) => Some(cluster.owners(&pod.pod.k8s_namespace, owner).await?),
-            _ => None,
-        };
-        Ok(Self { namespace, owners })
-    }
-}
+use crate::ports::PodReportKind;
 
 impl PodController {
     pub(super) fn reconcile(&mut self, pod: PodView) {
@@ -71,50 +43,7 @@ impl PodController {
         }
     }
 
-    /// Reads the opt-in, at most once at a time for each pod. The result decides on the pod's state
-    /// at that time.
-    fn read_opt_in(&mut self, pod: &PodView) {
-        let Some(waiting) = self.waiting.get_mut(&pod.pod).filter(|waiting| !waiting.is_reading_opt_in) else { return };
-        waiting.is_reading_opt_in = true;
-        let (policy, cluster) = (Arc::clone(&self.policy.borrow()), Arc::clone(&self.cluster));
-        let (pod, permits, stopping) = (pod.clone(), Arc::clone(&self.api_permits), self.stopping.clone());
-        self.work.spawn(async move {
-            let request = async {
-                let _permit = permits.acquire().await;
-                OptInSources::read(&*cluster, &policy.opt_in, &pod).await
-            };
-            let result = stopping.run_until_cancelled(request).await;
-            result.map_or(WorkResult::Nothing, |sources| WorkResult::OptInRead { pod: pod.pod, result: sources })
-        });
-    }
-
-    pub(super) fn on_opt_in(&mut self, pod: &PodRef, result: Result<OptInSources, ClusterError>) {
-        let Some(waiting) = self.waiting.get_mut(pod) else { return };
-        waiting.is_reading_opt_in = false;
-        let view = waiting.view.clone();
-        let OptInSources { namespace, owners } = match result {
-            Ok(sources) => sources,
-            Err(error) => return self.retry_later(pod, &error),
-        };
-        self.undecided.remove(pod);
-        let mut invalid = Vec::new();
-        let owners = owners.as_ref().map(|owners| owners.iter().map(|owner| &**owner).collect::<Vec<_>>());
-        let policy = Arc::clone(&self.policy.borrow());
-        let (labels, annotations) = (&namespace.labels, &namespace.annotations);
-        let opt_in = policy.opt_in.evaluate(&view, labels, annotations, owners.as_deref(), &mut invalid);
-        let priority = policy.opt_in.priority(&view, &mut invalid);
-        self.warn_of_invalid_annotations(&view, invalid);
-        match opt_in {
-            OptIn::Yes { on_denied, repositories } => {
-                self.reconcile_opted_in(&view, &PodOptIn { on_denied, repositories, priority })
-            }
-            OptIn::No(reason) => self.reconcile_opted_out(&view, reason),
-            // The pod's annotations changed during the read.
-            OptIn::NeedsOwners => self.read_opt_in(&view),
-        }
-    }
-
-    fn reconcile_opted_out(&mut self, pod: &PodView, reason: OptOutReason) {
+    pub(super) fn reconcile_opted_out(&mut self, pod: &PodView, reason: OptOutReason) {
         if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
             waiting.clear_opt_in();
         }
@@ -128,7 +57,7 @@ impl PodController {
         self.set_needed_images(&pod.pod, BTreeSet::new());
     }
 
-    fn reconcile_opted_in(&mut self, pod: &PodView, opt_in: &PodOptIn) {
+    pub(super) fn reconcile_opted_in(&mut self, pod: &PodView, opt_in: &PodOptIn) {
         if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
             waiting.opt_in = Some(opt_in.clone());
         }
@@ -279,28 +208,6 @@ impl PodController {
         }
     }
 
-    /// Images of pending containers and of volumes that are not on this node and have the pull
-    /// policy `IfNotPresent`.
-    pub(super) fn absent_images(&self, pod: &PodView) -> Vec<(String, PullPolicy)> {
-        let image_records = self.image_records.borrow();
-        // Right after the start, no list of image records exists yet.
-        let Some(image_records) = image_records.as_ref().filter(|_| pod.containers.iter().any(is_pending)) else {
-            return Vec::new();
-        };
-        let containers = pod.containers.iter().filter(|container| is_pending(container));
-        let of_containers = containers.map(|container| (&container.image, container.pull_policy));
-        let of_volumes = pod.image_volumes.iter().map(|volume| (&volume.image, volume.pull_policy));
-        let is_absent = |image: &str| {
-            image.parse::<Reference>().is_ok_and(|reference| !image_records.contains_key(&reference.to_string()))
-        };
-        let absent: BTreeSet<_> = of_containers
-            .chain(of_volumes)
-            .filter(|(image, policy)| *policy == PullPolicy::IfNotPresent && is_absent(image))
-            .map(|(image, _)| image.clone())
-            .collect();
-        absent.into_iter().map(|image| (image, PullPolicy::IfNotPresent)).collect()
-    }
-
     /// Records the kubelet's fresh messages about failed pulls as evidence. Returns whether a
     /// message reported a fault of a registry.
     ///
@@ -328,41 +235,6 @@ impl PodController {
             }
         }
         has_recorded
-    }
-
-    fn warn_of_invalid_annotations(&mut self, pod: &PodView, annotations: Vec<InvalidAnnotation>) {
-        for annotation in annotations {
-            if self.invalid_annotations.len() < MAX_INVALID_ANNOTATIONS
-                && self.invalid_annotations.insert(annotation.clone())
-            {
-                self.metrics.invalid_annotation_seen();
-                let InvalidAnnotation { key, value } = annotation;
-                tracing::warn!(
-                    pod = %pod.pod, key, value,
-                    "an annotation's value is not understood, so the annotation permits nothing; use \"true\""
-                );
-            }
-        }
-    }
-
-    fn retry_later(&mut self, pod: &PodRef, error: &ClusterError) {
-        self.retry_undecided_at.get_or_insert(now() + UNDECIDED_RETRY);
-        if self.undecided.insert(pod.clone()) {
-            tracing::warn!(
-                %pod, %error,
-                "cannot read the pod's namespace or owner, so the opt-in is unknown; the agent retries"
-            );
-        }
-    }
-
-    pub(super) fn reconcile_undecided(&mut self) {
-        if self.retry_undecided_at.is_none_or(|at| at > now()) {
-            return;
-        }
-        self.retry_undecided_at = None;
-        for pod in self.undecided.clone() {
-            self.reconcile_pod(&pod);
-        }
     }
 
     /// Reconciles the pod as last seen.

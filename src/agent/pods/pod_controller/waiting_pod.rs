@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use crate::decide::allowed_repositories::RepositoryList;
 use crate::decide::cause::{Cause, classify, is_pending, waits_for_image};
-use crate::decide::repositories::RepositoryList;
 use crate::model::{ContainerKind, ContainerView, PodView};
 use crate::oci::Reference;
 

@@ -3,7 +3,7 @@
 use super::Recoverer;
 use crate::agent::recovery::disk_space::{LayerReservation, measure};
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::decide::disk::DiskNeed;
+use crate::decide::disk_floor::DiskNeed;
 use crate::decide::disk_reservations::Reservation;
 use crate::decide::plan::FetchPlan;
 

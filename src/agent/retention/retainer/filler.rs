@@ -17,7 +17,7 @@ use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::swarm::{FetchJob, Swarm};
-use crate::decide::disk::{DiskFloors, DiskNeed};
+use crate::decide::disk_floor::{DiskFloors, DiskNeed};
 use crate::decide::disk_reservations::Reservation;
 use crate::decide::fill::{FillFailure, FillScheduler, FillSource, IncompleteImage, SecretName, UnfilledReason};
 use crate::decide::plan::FetchPlan;

@@ -16,7 +16,7 @@ use kube::{Api, Client};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::api_error::{ApiError, REQUEST_TIMEOUT, call, truncate};
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call, truncate};
 use crate::model::{NodeName, PodRef};
 use crate::oci::Digest;
 use crate::ports::{ClusterError, PodReport, PodReportKind};

@@ -9,8 +9,8 @@ use kube::api::PostParams;
 use kube::core::Request;
 use tokio::time::Instant;
 
-use super::api_error::ApiError;
-use super::api_server::ApiServerClient;
+use crate::api_server::client::ApiServerClient;
+use crate::api_server::error::ApiError;
 use crate::decide::review_budget::ReviewBudget;
 use crate::model::{Credential, PeerId};
 

@@ -10,9 +10,9 @@ use kube::api::PostParams;
 use kube::core::request::Error;
 use tokio::time::Instant;
 
-use super::AgentPod;
 use super::admission_file::StoredToken;
-use super::api_error::ApiError;
+use crate::api_server::AgentPod;
+use crate::api_server::error::ApiError;
 use crate::credential::token::MAX_LIFE;
 use crate::model::{Credential, PeerId};
 

@@ -12,8 +12,8 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::admission_file::{PublishedKeys, StoredKeys};
-use super::api_error::{ApiError, REQUEST_TIMEOUT};
-use super::api_server::ApiServerClient;
+use crate::api_server::client::ApiServerClient;
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT};
 use crate::credential::token::{ClusterKey, ClusterKeys, MAX_LIFE};
 
 /// Shortest time between two requests for the keys. A token with an unknown key starts a request,

@@ -7,6 +7,12 @@
 //! are stored on the node for API-server outages ([`super::admission_file`]). No log contains a
 //! token.
 
+mod admission_file;
+mod own_token;
+mod published_keys;
+mod token_review;
+mod verdict_cache;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,14 +25,14 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::admission_file::AdmissionFile;
-use super::api_error::{ApiError, REQUEST_TIMEOUT};
-use super::api_server::{ApiServerClient, Reachability};
-use super::jwks::KeySource;
-use super::own_token::{AgentToken, parse_granted, token_request};
-use super::token_review::{SharedReviewBudget, review_token};
-use super::verdict_cache::{ReviewStatus, VerdictCache};
-use super::{AgentPod, KubeCluster};
+use self::admission_file::AdmissionFile;
+use self::own_token::{AgentToken, parse_granted, token_request};
+use self::published_keys::KeySource;
+use self::token_review::{SharedReviewBudget, review_token};
+use self::verdict_cache::{ReviewStatus, VerdictCache};
+use crate::api_server::client::{ApiServerClient, Reachability};
+use crate::api_server::error::{ApiError, REQUEST_TIMEOUT};
+use crate::api_server::{AgentPod, ApiServer};
 use crate::credential::token::{Claims, ClusterKeys, Expectations, MAX_LIFE, TokenRejection, verify_ignoring_expiry};
 use crate::metrics::Metrics;
 use crate::model::{Credential, PeerId};
@@ -80,14 +86,14 @@ pub struct TokenAdmission {
 impl TokenAdmission {
     /// Admission for the agent with the key `peer`. Without a stored token,
     /// [`Admission::credential`] fails until [`TokenAdmission::run`] has a token.
-    pub fn new(cluster: &KubeCluster, peer: PeerId, options: TokenAdmissionOptions, metrics: Metrics) -> Self {
-        let agent_pod = cluster.agent_pod.clone();
+    pub fn new(api_server: &ApiServer, peer: PeerId, options: TokenAdmissionOptions, metrics: Metrics) -> Self {
+        let agent_pod = api_server.agent_pod.clone();
         let expectations = Expectations {
             k8s_namespace: agent_pod.k8s_namespace.clone(),
             service_account: agent_pod.service_account.clone(),
         };
         let mut stored = options.file.as_deref().map_or_else(AdmissionFile::empty, AdmissionFile::load);
-        let api_server = Arc::new(ApiServerClient::new(cluster.client.clone()));
+        let api_server = Arc::new(ApiServerClient::new(api_server.client.clone()));
         Self {
             keys: KeySource::new(api_server.clone(), stored.keys.take(), options.grace),
             verdicts: VerdictCache::new(stored.peers(), options.grace),

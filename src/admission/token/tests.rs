@@ -51,7 +51,8 @@ fn agent_at(server: SocketAddr, options: TokenAdmissionOptions) -> TokenAdmissio
         pod_uid: Some("p-1".to_owned()),
         service_account: "agent".to_owned(),
     };
-    TokenAdmission::new(&KubeCluster::new(client, agent_pod, Duration::ZERO), peer(), options, Metrics::new())
+    let api_server = ApiServer { client, agent_pod, start_jitter: Duration::ZERO };
+    TokenAdmission::new(&api_server, peer(), options, Metrics::new())
 }
 
 async fn serve(fake: &Arc<FakeApiServer>, server: &mut JoinSet<()>) -> SocketAddr {

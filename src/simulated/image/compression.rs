@@ -26,15 +26,6 @@ impl Compression {
         }
     }
 
-    /// Reverses [`Compression::compress`]; `None` for input that `compress` never produces.
-    pub(crate) fn decompress(packed: &[u8]) -> Option<Vec<u8>> {
-        match packed {
-            [0x1f, 0x8b, ..] => gunzip(packed),
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => unzstd(packed),
-            plain => Some(plain.to_vec()),
-        }
-    }
-
     pub(super) fn compress(self, archive: Bytes) -> Bytes {
         match self {
             Self::Plain => archive,
@@ -43,35 +34,6 @@ impl Compression {
         }
     }
 }
-
-fn gunzip(packed: &[u8]) -> Option<Vec<u8>> {
-    let (mut content, mut rest) = (Vec::new(), packed.get(GZIP_HEADER..)?);
-    loop {
-        let (header, blocks) = rest.split_first_chunk::<5>()?;
-        let (block, after) = blocks.split_at_checked(u16::from_le_bytes([header[1], header[2]]).into())?;
-        content.extend_from_slice(block);
-        rest = after;
-        if header[0] == 1 {
-            return Some(content);
-        }
-    }
-}
-
-fn unzstd(packed: &[u8]) -> Option<Vec<u8>> {
-    let (mut content, mut rest) = (Vec::new(), packed.get(ZSTD_HEADER..)?);
-    loop {
-        let (header, blocks) = rest.split_first_chunk::<3>()?;
-        let header = u32::from_le_bytes([header[0], header[1], header[2], 0]);
-        let (block, after) = blocks.split_at_checked((header >> 3) as usize)?;
-        content.extend_from_slice(block);
-        rest = after;
-        if header & 1 == 1 {
-            return Some(content);
-        }
-    }
-}
-
-const GZIP_HEADER: usize = 10;
 
 /// The longest stored block of RFC 1951.
 const GZIP_BLOCK: usize = 0xffff;
@@ -97,8 +59,6 @@ fn crc32(bytes: &[u8]) -> u32 {
     let table: Vec<u32> = (0..256).map(|byte| (0..8).fold(byte, |crc, _| shifted(crc))).collect();
     !bytes.iter().fold(!0, |crc, byte| table[usize::from(crc as u8 ^ byte)] ^ crc >> 8)
 }
-
-const ZSTD_HEADER: usize = 9;
 
 /// The longest block of RFC 8878.
 const ZSTD_BLOCK: usize = 128 << 10;
@@ -127,13 +87,13 @@ mod tests {
             for compression in [Compression::Plain, Compression::Gzip, Compression::Zstd] {
                 let packed = compression.compress(archive.clone());
                 assert_eq!(
-                    Compression::decompress(&packed).as_deref(),
+                    crate::testing::decompress::decompress(&packed).as_deref(),
                     Some(&archive[..]),
                     "{compression:?} of {size}"
                 );
                 if compression != Compression::Plain {
                     assert_eq!(
-                        Compression::decompress(&packed[..size / 2 + 4]),
+                        crate::testing::decompress::decompress(&packed[..size / 2 + 4]),
                         None,
                         "{compression:?} of {size}, cut off"
                     );

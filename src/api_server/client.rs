@@ -7,19 +7,19 @@ use hyper::Request;
 use kube::Client;
 use tokio::time::Instant;
 
-use super::api_error::{ApiError, call};
+use super::error::{ApiError, call};
 
 /// The API server counts as reachable for this long after an answer.
-pub(super) const REACHABLE_FOR: Duration = Duration::from_secs(10);
+pub(crate) const REACHABLE_FOR: Duration = Duration::from_secs(10);
 
-pub(super) struct ApiServerClient {
+pub(crate) struct ApiServerClient {
     client: Client,
     last_result: Mutex<Option<(Instant, bool)>>,
 }
 
 /// The result of the last request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reachability {
+pub(crate) enum Reachability {
     /// The API server answered within [`REACHABLE_FOR`].
     Reachable,
     /// The last request got no answer.
@@ -29,13 +29,13 @@ pub(super) enum Reachability {
 }
 
 impl ApiServerClient {
-    pub(super) fn new(client: Client) -> Self {
+    pub(crate) fn new(client: Client) -> Self {
         Self { client, last_result: Mutex::default() }
     }
 
     /// Sends a request and returns the body of the answer. Requests with tokens do not use `kube`'s
     /// typed calls, which log an answer that they cannot parse.
-    pub(super) async fn send(
+    pub(crate) async fn send(
         &self,
         limit: Duration,
         request: Result<Request<Vec<u8>>, kube::core::request::Error>,
@@ -47,7 +47,7 @@ impl ApiServerClient {
         answer
     }
 
-    pub(super) fn reachability(&self) -> Reachability {
+    pub(crate) fn reachability(&self) -> Reachability {
         match *self.last_result.lock().expect("no code panics under this lock") {
             Some((_, false)) => Reachability::Unreachable,
             Some((at, true)) if at.elapsed() < REACHABLE_FOR => Reachability::Reachable,

@@ -9,13 +9,13 @@ use crate::ports::{ClaimError, ClusterError};
 
 /// Timeout of a request: long enough for an API server that starts or is busy, short enough that an
 /// unreachable API server does not delay a recovery.
-pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Most bytes of an error text of the API server. Admission webhooks write texts of any length.
 const MAX_TEXT: usize = 512;
 
 #[derive(Debug, Clone)]
-pub(super) enum ApiError {
+pub(crate) enum ApiError {
     /// No answer, or a status that allows a retry.
     Unavailable(String),
     /// The API server answers, and a required admission webhook of the cluster does not.
@@ -35,7 +35,7 @@ pub(super) enum ApiError {
 }
 
 /// Awaits an answer for at most `limit`.
-pub(super) async fn call<T>(
+pub(crate) async fn call<T>(
     limit: Duration,
     answer: impl Future<Output = Result<T, kube::Error>>,
 ) -> Result<T, ApiError> {
@@ -79,7 +79,7 @@ impl ApiError {
     }
 
     /// The error of the port; `what` names the object of the request.
-    pub(super) fn into_cluster_error(self, what: &str) -> ClusterError {
+    pub(crate) fn into_cluster_error(self, what: &str) -> ClusterError {
         match self {
             // Other writers changed the object so often that the API server gave up; a retry may
             // succeed.
@@ -122,7 +122,7 @@ impl std::fmt::Display for ApiError {
 }
 
 /// An error with its causes: "ServiceError: client error (Connect)" alone does not name the fault.
-pub(super) fn error_chain(error: &dyn Error) -> String {
+pub(crate) fn error_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next.filter(|_| text.len() < MAX_TEXT) {
@@ -137,7 +137,7 @@ pub(super) fn error_chain(error: &dyn Error) -> String {
 }
 
 /// At most `most` bytes of the text, cut between characters.
-pub(super) fn truncate(text: &str, limit: usize) -> &str {
+pub(crate) fn truncate(text: &str, limit: usize) -> &str {
     let mut end = limit.min(text.len());
     while !text.is_char_boundary(end) {
         end -= 1;
@@ -147,7 +147,7 @@ pub(super) fn truncate(text: &str, limit: usize) -> &str {
 
 /// Whether the text is a valid object name (RFC 1123 subdomain). References in pods can contain any
 /// text, and kube inserts the text into the URL's path unchanged.
-pub(super) fn is_object_name(text: &str) -> bool {
+pub(crate) fn is_object_name(text: &str) -> bool {
     let is_label = |label: &str| {
         let is_allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
         !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(is_allowed)
