@@ -94,6 +94,7 @@ lint: check-scripts check-flags check-manifest ## run all checks that do not run
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --no-default-features --lib -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps
+	cargo test --locked --quiet --test fast -- prose_names_its_things
 	scripts/cargo-deny.sh
 
 .PHONY: testbed

@@ -3,8 +3,8 @@
 //!
 //! `statvfs` reports the free bytes of now. Bytes that recoveries have reserved and not written yet
 //! are missing from that figure, so the account here adds them. The account also remembers refused
-//! recoveries. Not here: the calls of `statvfs`, the floors ([`super::disk`]), and the size limit
-//! of one image ([`super::plan`]).
+//! recoveries. Not here: the calls of `statvfs`, the floors ([`super::disk_floor`]), and the size
+//! limit of one image ([`super::plan`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -26,6 +26,7 @@
 mod connections;
 mod credential_verifier;
 mod entries;
+mod fault;
 mod follower;
 mod introductions;
 mod liveness;
@@ -60,6 +61,7 @@ use membership_table::{Member, MembershipTable};
 use recent_entries::RecentEntries;
 use requests::PendingRequest;
 
+pub use self::fault::GossipFault;
 pub use credential_verifier::{CredentialRejection, CredentialVerifier, VerifiedCredential};
 pub use output::{GossipVerdict, MeshConnectionId, Output, SyncRequestId};
 
@@ -231,7 +233,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         now: Instant,
     ) -> GossipVerdict {
         let verdict = match self.dispatch_gossip(from, message, inventory, now) {
-            GossipVerdict::Reject("malformed") => GossipVerdict::Ignore("later_release"),
+            GossipVerdict::Reject(GossipFault::Malformed) => GossipVerdict::Ignore("later_release"),
             verdict => verdict,
         };
         self.finish_gossip(from, verdict, now)

@@ -26,7 +26,7 @@ use super::gossip_crypto::GossipCrypto;
 use super::shared_inventory::SharedInventory;
 use super::stack::Behaviour;
 use super::{Command, ConnectedPeers, MembershipEvent, MeshOptions, multiaddr};
-use crate::decide::gossip::{MeshConnectionId, Output, Protocol, TICK};
+use crate::decide::gossip::{GossipFault, MeshConnectionId, Output, Protocol, TICK};
 use crate::decide::inventory::Inventory;
 use crate::identity::libp2p_peer_id;
 use crate::metrics::Metrics;
@@ -217,7 +217,8 @@ impl MeshTask {
         self.pending_events.push_back(event);
     }
 
-    fn record_fault(&self, peer: PeerId, fault: &'static str, banned: Option<Duration>) {
+    fn record_fault(&self, peer: PeerId, fault: GossipFault, banned: Option<Duration>) {
+        let fault = fault.label();
         debug!(%peer, fault, "peer is at fault");
         self.metrics.peer_at_fault(fault);
         if let Some(banned) = banned {

@@ -99,6 +99,13 @@ fn commands_without_an_agent_name_the_socket_and_a_remedy() {
 }
 
 #[test]
+fn a_log_that_goes_to_no_terminal_has_no_color_codes() {
+    let output = lighterman(&["--log", "info", "demo", "--image-size", "1MiB", "--json"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains(" INFO ") && !stderr.contains('\u{1b}'), "{stderr}");
+}
+
+#[test]
 fn the_demo_recovers_an_image_and_verifies_its_digest() {
     let output = lighterman(&["--log", "warn", "demo", "--image-size", "3MiB", "--json"]);
     let stderr = String::from_utf8(output.stderr).unwrap();

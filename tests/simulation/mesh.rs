@@ -300,7 +300,7 @@ impl Mesh {
                 Output::Down(peer, reason) => self.observe(node, peer, ObservedChange::Down(reason)),
                 Output::SharedKey(_) => {}
                 Output::Fault { peer, fault, banned } => {
-                    self.observe(node, peer, ObservedChange::Faulted(fault, banned.is_some()));
+                    self.observe(node, peer, ObservedChange::Faulted(fault.label(), banned.is_some()));
                 }
             }
         }
@@ -361,7 +361,7 @@ impl Mesh {
                     at: self.now,
                     observer: node,
                     subject: from,
-                    change: ObservedChange::Rejected(reason),
+                    change: ObservedChange::Rejected(reason.label()),
                 });
             }
             Some(GossipVerdict::Ignore(_)) | None => {}

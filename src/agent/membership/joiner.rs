@@ -261,7 +261,7 @@ impl Joiner {
         addresses
     }
 
-    /// Forgets peers that were not connected for [`FORGET_AFTER`].
+    /// Forgets peers that were not connected for the address book's retention.
     async fn remove_dead_peers(&self, last_seen: &mut BTreeMap<PeerId, Instant>, now: Instant) {
         let connected: BTreeSet<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
         let known: BTreeSet<_> = self.transfer.peers().into_iter().map(|peer| peer.id).collect();

@@ -1,5 +1,6 @@
 //! Log entries, from gossip or from a reply: checked, put in order, applied.
 
+use super::fault::GossipFault;
 use std::time::Instant;
 
 use super::follower::EntryReceipt;
@@ -52,7 +53,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Reject(fault);
         }
         if !self.verifier.is_signed(publisher, &entry.head.signed_bytes(), &entry.head.signature) {
-            return GossipVerdict::Reject("forged");
+            return GossipVerdict::Reject(GossipFault::Forged);
         }
         let Some(member) = self.membership.get_mut(publisher) else { return GossipVerdict::Ignore("unknown_author") };
         // Only new entries count, else a peer that repeats old entries would use up the publisher's
@@ -84,7 +85,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             }
             EntryReceipt::Duplicate => GossipVerdict::Ignore("late"),
             EntryReceipt::Contradiction => {
-                self.record_fault(publisher, "contradiction", now);
+                self.record_fault(publisher, GossipFault::Contradiction, now);
                 // The publisher signed both entries, so members that have the other one see the
                 // contradiction too. An agent that banned the publisher relays no more of its
                 // entries.
@@ -112,15 +113,15 @@ impl<N: CredentialVerifier> Protocol<N> {
 }
 
 /// The checks of an entry that need no publisher.
-pub(super) fn validate_entry(entry: &LogEntry) -> Result<(), &'static str> {
+pub(super) fn validate_entry(entry: &LogEntry) -> Result<(), GossipFault> {
     let LogEntry { head, changes } = entry;
     if head.sequence == 0 || changes.len() > MAX_CHANGES || head.changes != changes_digest(changes) {
-        return Err("malformed");
+        return Err(GossipFault::Malformed);
     }
     let is_valid_change = |change: &InventoryChange| match change {
         InventoryChange::Added(item) | InventoryChange::Removed(item) => is_valid_item(item),
     };
-    if changes.iter().all(is_valid_change) { Ok(()) } else { Err("malformed") }
+    if changes.iter().all(is_valid_change) { Ok(()) } else { Err(GossipFault::Malformed) }
 }
 
 /// Whether CRI would write the image's name, which also bounds the name's length.

@@ -1,6 +1,7 @@
 //! The introductions of members. This agent publishes its own introduction, and verifies those of
 //! other members.
 
+use super::fault::GossipFault;
 use std::net::SocketAddr;
 use std::time::Instant;
 
@@ -92,7 +93,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             }
         }
         if !self.verifier.is_signed(peer, &introduction.signed_bytes(), &introduction.signature) {
-            return GossipVerdict::Reject("forged");
+            return GossipVerdict::Reject(GossipFault::Forged);
         }
         if peer == self.local.peer {
             if profile.node != self.local.node {

@@ -1,5 +1,6 @@
 //! Liveness, as in SWIM: silent neighbors, suspicion, confirmation by a second witness, refutation.
 
+use super::fault::GossipFault;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
@@ -72,7 +73,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 
     /// A neighbor sent a message that cannot be decoded, is forged, or exceeds a limit.
-    pub fn record_fault(&mut self, from: PeerId, fault: &'static str, now: Instant) {
+    pub fn record_fault(&mut self, from: PeerId, fault: GossipFault, now: Instant) {
         let Some(member) = self.membership.get_mut(from) else { return };
         let banned = member.score.record_fault(fault, now);
         self.push_output(Output::Fault { peer: from, fault, banned });
@@ -176,7 +177,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Ignore("known");
         }
         if !self.verifier.is_signed(witness, &suspicion.signed_bytes(), &suspicion.signature) {
-            return GossipVerdict::Reject("forged");
+            return GossipVerdict::Reject(GossipFault::Forged);
         }
         // Only new suspicions count, else a peer that repeats old ones would use up the witness's
         // rate.
@@ -289,7 +290,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Ignore("known");
         }
         if !self.verifier.is_signed(peer, &refutation.signed_bytes(), &refutation.signature) {
-            return GossipVerdict::Reject("forged");
+            return GossipVerdict::Reject(GossipFault::Forged);
         }
         let Some(member) = self.membership.get_mut(peer) else { return GossipVerdict::Ignore("unknown_author") };
         // Only refutations without a suspicion count against the limit. If all counted, suspicions
@@ -322,7 +323,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             return GossipVerdict::Ignore("known");
         }
         if !self.verifier.is_signed(peer, &notice.signed_bytes(), &notice.signature) {
-            return GossipVerdict::Reject("forged");
+            return GossipVerdict::Reject(GossipFault::Forged);
         }
         self.mark_dead(peer, "left", inventory, now);
         GossipVerdict::Accept

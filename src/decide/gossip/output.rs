@@ -1,5 +1,6 @@
 //! The outputs of the protocol: actions for the driver, and verdicts on gossip messages.
 
+use super::fault::GossipFault;
 use std::time::Duration;
 
 use crate::model::{Gossip, NodeName, Peer, PeerId, SyncRequest};
@@ -18,7 +19,7 @@ pub enum GossipVerdict {
     /// Do not relay the message; no peer is at fault.
     Ignore(&'static str),
     /// Do not relay the message; no honest member sends such a message.
-    Reject(&'static str),
+    Reject(GossipFault),
 }
 
 /// An action for the driver.
@@ -52,7 +53,7 @@ pub enum Output {
         /// The faulty peer.
         peer: PeerId,
         /// The fault, as a metric's label.
-        fault: &'static str,
+        fault: GossipFault,
         /// Duration of the ban, if this fault led to one.
         banned: Option<Duration>,
     },

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::fault::GossipFault;
+
 /// Points at which a member is banned, and the time in which points fall to a half. A broken disk
 /// or a broken release makes some points, and a lying member makes any number.
 const BAN_POINTS: f64 = 100.0;
@@ -9,18 +11,6 @@ const HALF_LIFE: Duration = Duration::from_secs(60);
 
 /// Duration of a ban.
 const BAN_DURATION: Duration = Duration::from_secs(600);
-
-/// Points of a fault. A fault that a neighbor may have relayed in good faith has fewer points than
-/// a fault that the neighbor must have made.
-fn points(fault: &str) -> f64 {
-    match fault {
-        "contradiction" => 100.0,
-        "forged" | "oversized" | "malformed" => 34.0,
-        "snapshot_mismatch" => 20.0,
-        "too_many" => 5.0,
-        _ => 10.0,
-    }
-}
 
 /// Faults, ban and rate limits of one member.
 #[derive(Debug, Clone, Default)]
@@ -39,10 +29,10 @@ pub(super) struct PeerScore {
 
 impl PeerScore {
     /// Records a fault. Returns the duration of the ban if this fault causes a ban.
-    pub(super) fn record_fault(&mut self, fault: &'static str, now: Instant) -> Option<Duration> {
+    pub(super) fn record_fault(&mut self, fault: GossipFault, now: Instant) -> Option<Duration> {
         let since = self.updated_at.map_or(Duration::ZERO, |at| now.duration_since(at));
         self.points *= 0.5f64.powf(since.as_secs_f64() / HALF_LIFE.as_secs_f64());
-        self.points += points(fault);
+        self.points += fault.points();
         self.updated_at = Some(now);
         if self.points < BAN_POINTS || self.is_banned(now) {
             return None;

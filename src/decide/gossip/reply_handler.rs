@@ -1,5 +1,6 @@
 //! Handles the replies of neighbors. Content counts as far as its author signed it.
 
+use super::fault::GossipFault;
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -59,7 +60,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             (SyncRequest::Disconnect, _) => self.close_connections(from),
             (request, SyncReply::Busy) => self.reschedule(request, now),
             (request, _) => {
-                self.record_fault(from, "malformed", now);
+                self.record_fault(from, GossipFault::Malformed, now);
                 self.reschedule(request, now);
             }
         }
@@ -166,7 +167,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             let is_valid = validate_entry(&entry).is_ok()
                 && self.verifier.is_signed(publisher, &head.signed_bytes(), &head.signature);
             if !is_valid {
-                self.record_fault(from, "forged", now);
+                self.record_fault(from, GossipFault::Forged, now);
                 break;
             }
             self.apply_entry(from, entry, inventory, now);
@@ -237,7 +238,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             return true;
         }
         if !self.verifier.is_signed(publisher, &head.signed_bytes(), &head.signature) {
-            self.record_fault(from, "forged", now);
+            self.record_fault(from, GossipFault::Forged, now);
             return false;
         }
         let member_items = || items.iter().filter(|(_, bits)| bits.get(number)).map(|(item, _)| item);
@@ -246,7 +247,7 @@ impl<N: CredentialVerifier> Protocol<N> {
             // Only a neighbor that is the publisher is surely at fault. Another neighbor is asked
             // next.
             if from == publisher {
-                self.record_fault(from, "snapshot_mismatch", now);
+                self.record_fault(from, GossipFault::SnapshotMismatch, now);
             }
             return true;
         }

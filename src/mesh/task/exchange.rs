@@ -8,7 +8,7 @@ use libp2p::request_response::{self, InboundRequestId, OutboundFailure, Outbound
 use tracing::{debug, error, warn};
 
 use super::MeshTask;
-use crate::decide::gossip::{GossipVerdict, SyncRequestId};
+use crate::decide::gossip::{GossipFault, GossipVerdict, SyncRequestId};
 use crate::identity::{libp2p_peer_id, peer_id_of};
 use crate::mesh::codec::wire_error;
 use crate::mesh::stack::{SYNC_TIMEOUT, topic};
@@ -83,7 +83,7 @@ impl MeshTask {
     /// Validates a message, for this agent and before a relay.
     fn validate(&mut self, from: PeerId, data: &[u8], now: Instant) -> MessageAcceptance {
         if !self.neighbors.try_take_message(from, data.len(), now) {
-            self.report_fault(from, TOO_MANY_FAULT, now);
+            self.report_fault(from, GossipFault::TooMany, now);
             return MessageAcceptance::Ignore;
         }
         let (message, is_newer) = match wire::decode_for_relay::<Gossip>(data, self.versions) {
@@ -104,9 +104,9 @@ impl MeshTask {
                 debug!(%from, reason, "message ignored");
                 MessageAcceptance::Ignore
             }
-            GossipVerdict::Reject(reason) => {
-                debug!(%from, reason, "message rejected");
-                self.metrics.gossip_rejected(reason);
+            GossipVerdict::Reject(fault) => {
+                debug!(%from, fault = fault.label(), "message rejected");
+                self.metrics.gossip_rejected(fault.label());
                 MessageAcceptance::Reject
             }
         }
@@ -116,8 +116,8 @@ impl MeshTask {
     pub(super) fn record_unreadable(&mut self, from: PeerId, error: &WireError, now: Instant) -> bool {
         debug!(%from, %error, "a message cannot be read");
         let fault = match error {
-            WireError::TooLong { .. } => "oversized",
-            WireError::Malformed(_) => "malformed",
+            WireError::TooLong { .. } => GossipFault::Oversized,
+            WireError::Malformed(_) => GossipFault::Malformed,
             // A message of another release, or cut off by the network, is no fault.
             WireError::Version { .. } => return self.record_ignored("other_version"),
             WireError::Unknown { .. } => return self.record_ignored("unknown"),
@@ -132,8 +132,8 @@ impl MeshTask {
         false
     }
 
-    pub(super) fn report_fault(&mut self, from: PeerId, fault: &'static str, now: Instant) {
-        self.metrics.gossip_rejected(fault);
+    pub(super) fn report_fault(&mut self, from: PeerId, fault: GossipFault, now: Instant) {
+        self.metrics.gossip_rejected(fault.label());
         self.protocol.record_fault(from, fault, now);
     }
 
@@ -211,7 +211,7 @@ impl MeshTask {
         now: Instant,
     ) {
         if !self.neighbors.try_take_sync_request(from, now) {
-            return self.report_fault(from, TOO_MANY_FAULT, now);
+            return self.report_fault(from, GossipFault::TooMany, now);
         }
         let reply = match wire::decode_in::<SyncRequest>(request, self.versions) {
             Ok(request) if self.neighbors.try_begin_answer(from, id, &request, now) => {
@@ -246,6 +246,3 @@ impl MeshTask {
         }
     }
 }
-
-/// The fault of a neighbor that exceeds a rate limit.
-pub(super) const TOO_MANY_FAULT: &str = "too_many";

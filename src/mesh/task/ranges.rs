@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tracing::{debug, error};
 
 use super::MeshTask;
-use super::exchange::TOO_MANY_FAULT;
+use crate::decide::gossip::GossipFault;
 use crate::decide::transport_choice::{MAX_RANGES_OF_A_PEER, RANGE};
 use crate::identity::{libp2p_peer_id, peer_id_of};
 use crate::mesh::codec::wire_error;
@@ -155,11 +155,11 @@ impl MeshTask {
         now: Instant,
     ) {
         if !self.neighbors.try_take_range(from, now) {
-            return self.report_fault(from, TOO_MANY_FAULT, now);
+            return self.report_fault(from, GossipFault::TooMany, now);
         }
         let request = match wire::decode::<Request>(request) {
             Ok(request) if is_range_request(&request) => request,
-            Ok(_) => return self.report_fault(from, "malformed", now),
+            Ok(_) => return self.report_fault(from, GossipFault::Malformed, now),
             Err(error) => {
                 self.record_unreadable(from, &error, now);
                 return;

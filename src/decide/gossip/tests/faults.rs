@@ -11,7 +11,7 @@ fn a_forged_entry_is_rejected_and_the_third_bans_its_forger() {
         cluster.publish_from(2, Gossip::Entry(forged));
     }
     assert_eq!(cluster.providers(3, 99), NO_PEERS);
-    assert_eq!(cluster.node(3).faults.last(), Some(&(id(2), "forged", true)));
+    assert_eq!(cluster.node(3).faults.last(), Some(&(id(2), GossipFault::Forged, true)));
     cluster.advance(seconds(1));
     assert_eq!(cluster.up(3), [1], "the banned member is down");
     cluster.advance(seconds(700));
@@ -25,7 +25,7 @@ fn changes_that_differ_from_the_signed_digest_are_rejected() {
     changed.changes = vec![InventoryChange::Added(blob(99))];
     cluster.publish_from(1, Gossip::Entry(changed));
     assert_eq!(cluster.providers(3, 99), NO_PEERS);
-    assert_eq!(cluster.node(3).faults, [(id(1), "malformed", false)]);
+    assert_eq!(cluster.node(3).faults, [(id(1), GossipFault::Malformed, false)]);
 }
 
 #[test]
@@ -34,7 +34,7 @@ fn a_publisher_that_signs_two_entries_with_the_same_number_is_banned() {
     cluster.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(102)])));
     assert!(cluster.node(3).faults.is_empty(), "the entry counts by the signature of 2, not by the relay");
     cluster.publish_from(1, Gossip::Entry(entry_of(2, 2, &[blob(2), blob(202)])));
-    assert_eq!(cluster.node(3).faults, [(id(2), "contradiction", true)], "the relaying member has no fault");
+    assert_eq!(cluster.node(3).faults, [(id(2), GossipFault::Contradiction, true)], "the relaying member has no fault");
 }
 
 #[test]

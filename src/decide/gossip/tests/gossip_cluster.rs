@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use super::super::fault::GossipFault;
 use super::super::{
     CredentialRejection, CredentialVerifier, GossipVerdict, LocalAgent, MeshConnectionId, Output, PING_INTERVAL,
     Protocol, SyncRequestId, TICK, VerifiedCredential,
@@ -52,8 +53,8 @@ pub(super) struct GossipNode {
     pub(super) protocol: Protocol<TestVerifier>,
     pub(super) inventory: Inventory,
     pub(super) up: BTreeSet<PeerId>,
-    pub(super) faults: Vec<(PeerId, &'static str, bool)>,
-    pub(super) rejections: Vec<&'static str>,
+    pub(super) faults: Vec<(PeerId, GossipFault, bool)>,
+    pub(super) rejections: Vec<GossipFault>,
     pub(super) requests: Vec<SyncRequest>,
     allowed: BTreeSet<PeerId>,
     seen: BTreeSet<Vec<u8>>,
