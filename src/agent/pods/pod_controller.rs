@@ -209,11 +209,6 @@ impl PodController {
         }
     }
 
-    /// The recoverer, for other users such as manual pulls.
-    pub fn recoverer(&self) -> Arc<Recoverer> {
-        Arc::clone(&self.recoverer)
-    }
-
     /// Registries that may serve layers in the background.
     pub fn healthy_registries(&self) -> watch::Receiver<Arc<BTreeSet<String>>> {
         self.registries.healthy()
