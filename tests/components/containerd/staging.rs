@@ -11,6 +11,7 @@ use lighterman::containerd::{Config, ContainerdStore, IngestMode};
 use lighterman::oci::{BlobProof, Digest, Hasher};
 use lighterman::ports::{BlobMetadata, ContentStore, Pin, STAGED_BLOB_LIFE, StagedBlob, StoreError};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statvfs::statvfs;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -274,8 +275,25 @@ pub(crate) async fn a_full_disk_is_reported_and_its_space_is_freed(version: &str
     assert!(matches!(&outcome, Err(StoreError::Full(full)) if *full == digest), "{outcome:?}");
     staged.abandon().await;
     drop(staged);
+    await_free_space(daemon.folder(), 2 * bytes.len() as u64).await;
     stage(&store, &daemon, &bytes, &pin).await;
     assert_eq!(read(&store, Digest::of(&bytes)).await, bytes);
+}
+
+/// Waits until the disk has this many bytes free. Other tests start processes: between `fork` and
+/// `exec` a child has copies of this process's open files, and a removed file's space is freed with
+/// the last copy.
+async fn await_free_space(folder: &Path, bytes: u64) {
+    let freed = async {
+        loop {
+            let disk = statvfs(folder).unwrap();
+            if disk.blocks_available() * disk.fragment_size() >= bytes {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(WAIT_DEADLINE, freed).await.expect("the space of an abandoned staging file is freed");
 }
 
 pub(crate) async fn a_containerd_killed_before_the_commit_adopts_the_staged_blob_afterwards(version: &str) {
