@@ -30,11 +30,12 @@ mod writer;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_client::services::v1::version_client::VersionClient;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, watch as counter};
 
 use crate::decide::disk_floor::Disks;

@@ -21,11 +21,12 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use nix::fcntl::{Flock, FlockArg};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use crate::decide::disk_floor::Disks;
@@ -170,7 +171,7 @@ impl Folder {
     fn lock(&self) -> MutexGuard<'_, ()> {
         // The lock guards files, each of which is replaced atomically: a panic leaves no half
         // change.
-        self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.lock.lock()
     }
 
     fn record_change(&self) {

@@ -34,13 +34,14 @@ mod task;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt;
 use libp2p::core::transport::TransportError;
 use libp2p::multiaddr::{Multiaddr, Protocol};
 use libp2p::swarm::SwarmEvent;
+use parking_lot::RwLock;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
@@ -121,11 +122,11 @@ struct ConnectedPeers(Arc<RwLock<BTreeSet<PeerId>>>);
 
 impl ConnectedPeers {
     fn contains(&self, peer: PeerId) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).contains(&peer)
+        self.0.read().contains(&peer)
     }
 
     fn set(&self, peer: PeerId, is_connected: bool) {
-        let mut peers = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = self.0.write();
         if is_connected {
             peers.insert(peer)
         } else {

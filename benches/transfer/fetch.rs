@@ -2,8 +2,8 @@
 //! loopback.
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use lighterman::oci::{Digest, HashChain, HashChainBuilder, Hasher, PieceHasher, 
 use lighterman::ports::{BlobMetadata, ContentStore, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, StoreError};
 use lighterman::testing::MemoryStore;
 use lighterman::transfer::{Config, Transfer, TransferDependencies};
+use parking_lot::{Mutex, MutexGuard};
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
@@ -162,7 +163,7 @@ impl VerifiedFetch {
             let next = AtomicU32::new(0);
             let requests = (0..REQUESTS_IN_FLIGHT).map(|_| self.request_pieces(&verifier, &next));
             self.runtime.block_on(try_join_all(requests))?;
-            let proof = verifier.into_inner().map_err(|_| "a fetch panicked")?.proof().ok_or("pieces are missing")?;
+            let proof = verifier.into_inner().proof().ok_or("pieces are missing")?;
             if proof.digest() == self.chain.digest() { Ok(()) } else { Err("the proof is of another blob".into()) }
         })
     }
@@ -230,7 +231,7 @@ struct HashingSink<'a> {
 
 impl HashingSink<'_> {
     fn lock_verifier(&self) -> MutexGuard<'_, PieceVerifier> {
-        self.verifier.lock().unwrap_or_else(PoisonError::into_inner)
+        self.verifier.lock()
     }
 }
 

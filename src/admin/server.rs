@@ -7,13 +7,14 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -91,7 +92,7 @@ impl LimitedServer {
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner).remove(self.origin, self.address);
+        self.connections.lock().remove(self.origin, self.address);
     }
 }
 
@@ -104,7 +105,7 @@ fn acquire_permit(
     // A connection that has already ended has no local address and needs no response.
     let is_own = stream.local_addr().is_ok_and(|local| is_of_node(address, local.ip().to_canonical()));
     let origin = if is_own { Origin::Node } else { Origin::Elsewhere };
-    connections.lock().unwrap_or_else(PoisonError::into_inner).insert(origin, address)?;
+    connections.lock().insert(origin, address)?;
     Ok(ConnectionPermit { connections: Arc::clone(connections), origin, address })
 }
 

@@ -14,11 +14,12 @@ mod token_review;
 mod verdict_cache;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use rand::Rng;
 use tokio::sync::{Notify, watch};
 use tokio::task::spawn_blocking;
@@ -180,7 +181,7 @@ impl TokenAdmission {
     async fn save(&self) -> bool {
         let Some(file) = self.options.file.clone() else { return true };
         let token = {
-            let token = self.token.lock().expect("no code panics under this lock");
+            let token = self.token.lock();
             token.as_ref().map(|token| token.to_stored(self.peer, &self.agent_pod))
         };
         let contents = AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(now()));
@@ -197,7 +198,7 @@ impl TokenAdmission {
         let answer = self.api_server.send(REQUEST_TIMEOUT, token_request(&self.agent_pod, self.peer)).await?;
         let (token, life) = parse_granted(&answer)?;
         let token = AgentToken::new(token, sent, sent_at, life);
-        *self.token.lock().expect("no code panics under this lock") = Some(token);
+        *self.token.lock() = Some(token);
         self.unsaved.notify_one();
         self.renewals.send_modify(|renewals| *renewals += 1);
         Ok(life)
@@ -293,7 +294,7 @@ impl TokenAdmission {
 #[async_trait]
 impl Admission for TokenAdmission {
     async fn credential(&self) -> Result<Credential, Rejection> {
-        let token = self.token.lock().expect("no code panics under this lock");
+        let token = self.token.lock();
         let Some(token) = token.as_ref() else {
             return Err(Rejection::Undecided("this agent has no token yet".to_owned()));
         };

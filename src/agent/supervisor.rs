@@ -113,7 +113,9 @@ impl Supervisor {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
 
     use super::*;
 
@@ -126,11 +128,11 @@ mod tests {
             supervisor.spawn(name, |stop| async move {
                 stop.cancelled().await;
                 tokio::time::sleep(Duration::from_millis(10)).await;
-                order.lock().unwrap().push(name);
+                order.lock().push(name);
             });
         }
         assert_eq!(supervisor.run(async {}, Duration::from_secs(1)).await, Ok(()));
-        assert_eq!(*order.lock().unwrap(), ["third", "second", "first"]);
+        assert_eq!(*order.lock(), ["third", "second", "first"]);
     }
 
     #[tokio::test(start_paused = true)]

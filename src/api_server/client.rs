@@ -1,10 +1,10 @@
 //! Admission's client of the API server, which records whether the last request got an answer.
 
-use std::sync::Mutex;
 use std::time::Duration;
 
 use hyper::Request;
 use kube::Client;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::error::{ApiError, call};
@@ -43,12 +43,12 @@ impl ApiServerClient {
         let request = request.map_err(kube::Error::BuildRequest)?;
         let answer = call(limit, self.client.request_text(request)).await;
         let is_reachable = !matches!(answer, Err(ApiError::Unavailable(_)));
-        *self.last_result.lock().expect("no code panics under this lock") = Some((Instant::now(), is_reachable));
+        *self.last_result.lock() = Some((Instant::now(), is_reachable));
         answer
     }
 
     pub(crate) fn reachability(&self) -> Reachability {
-        match *self.last_result.lock().expect("no code panics under this lock") {
+        match *self.last_result.lock() {
             Some((_, false)) => Reachability::Unreachable,
             Some((at, true)) if at.elapsed() < REACHABLE_FOR => Reachability::Reachable,
             _ => Reachability::Unknown,

@@ -5,7 +5,8 @@
 //! mirror `kubectl describe` shows only Events with the kubelet's UID.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::model::PodRef;
 use crate::ports::PodEvent;
@@ -46,7 +47,7 @@ impl MirrorPods {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, String>> {
-        self.0.lock().expect("no code panics under this lock")
+        self.0.lock()
     }
 }
 

@@ -1,11 +1,10 @@
 //! The DaemonSet of this agent, found by the owner of the agent's own pod.
 
-use std::sync::{Mutex, MutexGuard};
-
 use async_trait::async_trait;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Api;
 use kube::api::GetParams;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::KubeCluster;
 use crate::api_server::AgentPod;
@@ -39,7 +38,7 @@ impl OwnPodTracker {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<OwnPodSnapshot>> {
-        self.0.lock().expect("no code panics under this lock")
+        self.0.lock()
     }
 }
 

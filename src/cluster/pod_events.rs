@@ -5,7 +5,6 @@
 //! recorder writes events.k8s.io/v1, has no rate limit, and has a cache without a bound.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
@@ -13,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -128,8 +128,8 @@ impl EventRecorder {
         Api::namespaced(self.client.clone(), &pod.k8s_namespace)
     }
 
-    fn correlator(&self) -> std::sync::MutexGuard<'_, EventCorrelator> {
-        self.correlator.lock().expect("no code panics under this lock")
+    fn correlator(&self) -> parking_lot::MutexGuard<'_, EventCorrelator> {
+        self.correlator.lock()
     }
 }
 

@@ -5,9 +5,10 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::api_server::error::ApiError;
@@ -94,7 +95,7 @@ impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
     }
 
     fn slot(&self, key: K) -> Arc<tokio::sync::Mutex<CachedResult<V>>> {
-        let mut slots = self.slots.lock().expect("no code panics under this lock");
+        let mut slots = self.slots.lock();
         if !slots.contains_key(&key) && slots.len() >= self.max_entries {
             let oldest = slots.iter().min_by_key(|(_, slot)| slot.used).map(|(key, _)| key.clone());
             oldest.and_then(|key| slots.remove(&key));
@@ -197,7 +198,7 @@ mod tests {
             tokio::time::advance(Duration::from_millis(1)).await;
             cache.get(key, async { Ok("yes") }).await.unwrap();
         }
-        let slots = cache.slots.lock().unwrap();
+        let slots = cache.slots.lock();
         assert_eq!(slots.len(), MAX_ENTRIES);
         assert!(!slots.contains_key(&1) && slots.contains_key(&2));
     }

@@ -3,8 +3,8 @@
 //! the ref first, because no part of a blob is kept without a proof of the whole blob.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use containerd_client::services::v1::{
@@ -12,6 +12,7 @@ use containerd_client::services::v1::{
 };
 use containerd_client::tonic::metadata::{Ascii, MetadataValue};
 use containerd_client::tonic::{Code, Status, Streaming};
+use parking_lot::MutexGuard;
 use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tokio_stream::wrappers::ReceiverStream;
@@ -71,7 +72,7 @@ impl Drop for IngestSlot {
 
 impl State {
     fn being_written(&self) -> MutexGuard<'_, HashSet<Digest>> {
-        self.writing.lock().expect("no thread panics while it holds the set")
+        self.writing.lock()
     }
 }
 

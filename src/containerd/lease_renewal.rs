@@ -8,11 +8,11 @@
 //! life, thirty minutes. The longest call unpacks a layer, with a deadline of ten minutes.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use containerd_client::services::v1::{AddResourceRequest, ListResourcesRequest, Resource};
 use containerd_client::tonic::{Code, Status};
+use parking_lot::{Mutex, MutexGuard};
 
 use super::ContainerdStore;
 use crate::ports::{Pin, StoreError};
@@ -101,7 +101,7 @@ impl Renewals {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, PinLeases>> {
-        self.0.lock().expect("no thread panics while it holds the table")
+        self.0.lock()
     }
 }
 

@@ -8,7 +8,6 @@
 //! the pin.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::MutexGuard;
 
 use async_trait::async_trait;
 use containerd_client::services::v1::diff_client::DiffClient;
@@ -21,6 +20,7 @@ use containerd_client::tonic::metadata::{Ascii, MetadataValue};
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{Code, Request, Status};
 use containerd_client::types;
+use parking_lot::MutexGuard;
 
 use super::client::{MAX_MESSAGE, MESSAGE_DEADLINE, with_deadline};
 use super::labels::GC_REF_SNAPSHOT;
@@ -125,7 +125,7 @@ impl<'a> Extraction<'a> {
 
 impl State {
     fn being_extracted(&self) -> MutexGuard<'_, HashSet<String>> {
-        self.extracting.lock().expect("no thread panics while it holds the set")
+        self.extracting.lock()
     }
 }
 

@@ -6,7 +6,9 @@
 //! recoveries. Not here: the calls of `statvfs`, the floors ([`super::disk_floor`]), and the size
 //! limit of one image ([`super::plan`]).
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::disk_floor::OverLimit;
 use super::disk_floor::{DiskFloors, DiskNeed, Disks, check};
@@ -45,7 +47,7 @@ pub struct Reservation {
 impl Reservations {
     /// The caller calls this before `statvfs`.
     pub fn begin_measurement(&self) -> MeasurementStart {
-        MeasurementStart(lock(&self.0).released)
+        MeasurementStart(self.0.lock().released)
     }
 
     /// Reserves `need` if every floor is kept after all recoveries have written all reserved bytes.
@@ -61,7 +63,7 @@ impl Reservations {
         disks: Disks,
         floors: DiskFloors,
     ) -> Result<Reservation, OverLimit> {
-        let mut account = lock(&self.0);
+        let mut account = self.0.lock();
         account.admit(need, before, disks, floors)?;
         let left = account.add(need);
         drop(account);
@@ -70,13 +72,13 @@ impl Reservations {
 
     /// Whether a recovery was refused and no room was found since.
     pub fn has_rejected(&self) -> bool {
-        !lock(&self.0).rejected.is_empty()
+        !self.0.lock().rejected.is_empty()
     }
 
     /// Whether one of the refused recoveries would fit now. The refusals are then dropped, because
     /// all of these recoveries are retried.
     pub fn clear_rejected_if_freed(&self, before: MeasurementStart, disks: Disks, floors: DiskFloors) -> bool {
-        let mut account = lock(&self.0);
+        let mut account = self.0.lock();
         let reserved = account.reserved(before);
         let is_freed = account.rejected.iter().any(|need| check(*need, reserved, disks, floors).is_ok());
         if is_freed {
@@ -87,13 +89,8 @@ impl Reservations {
 
     /// All bytes that are reserved and not written yet.
     pub fn outstanding(&self) -> DiskNeed {
-        lock(&self.0).outstanding
+        self.0.lock().outstanding
     }
-}
-
-/// No code under these locks panics, so the value of a poisoned lock is consistent.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DiskAccount {
@@ -170,8 +167,8 @@ impl Reservation {
         disks: Disks,
         floors: DiskFloors,
     ) -> Result<(), OverLimit> {
-        let mut account = lock(&self.shared.0);
-        let mut left = lock(&self.outstanding);
+        let mut account = self.shared.0.lock();
+        let mut left = self.outstanding.lock();
         let estimate = account.take(&mut left, DiskNeed { download: 0, unpack: compressed });
         let real = DiskNeed { download: 0, unpack: real };
         let admitted = account.admit(real, before, disks, floors);
@@ -180,8 +177,8 @@ impl Reservation {
     }
 
     fn release(&self, need: DiskNeed) {
-        let mut account = lock(&self.shared.0);
-        let mut left = lock(&self.outstanding);
+        let mut account = self.shared.0.lock();
+        let mut left = self.outstanding.lock();
         let taken = account.take(&mut left, need);
         account.released.download = account.released.download.wrapping_add(taken.download);
         account.released.unpack = account.released.unpack.wrapping_add(taken.unpack);

@@ -1,7 +1,8 @@
 //! Detects a disk that makes writers wait, so that the runtime's threads do not wait for it.
 
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// A longer write has waited for the disk. 256 KiB to memory take a quarter of a millisecond even
 /// at a gigabyte a second. A preempted thread runs again after 4 ms (the scheduler's usual slice).
@@ -32,8 +33,8 @@ impl SlowDiskDetector {
         self.slow_until().is_some_and(|until| now < until)
     }
 
-    fn slow_until(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.slow_until.lock().expect("no thread panics while it holds the time")
+    fn slow_until(&self) -> parking_lot::MutexGuard<'_, Option<Instant>> {
+        self.slow_until.lock()
     }
 }
 

@@ -14,11 +14,12 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 
 use bytes::Bytes;
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::task::spawn_blocking;
 
 use self::extents::{data_extents, write_all_at};
@@ -121,7 +122,7 @@ impl StagingFile {
     fn write_inline(&self, offset: u64, chunks: &[Bytes]) -> io::Result<()> {
         let start = Instant::now();
         // No wait: only `seal` and `remove` take the write lock, and both close the file.
-        let Ok(phase) = self.phase.try_read() else { return Err(closed()) };
+        let Some(phase) = self.phase.try_read() else { return Err(closed()) };
         let Phase::Open(file) = &*phase else { return Err(closed()) };
         write_all_at(file, offset, chunks)?;
         let now = Instant::now();
@@ -202,11 +203,11 @@ impl StagingFile {
     }
 
     fn phase(&self) -> RwLockReadGuard<'_, Phase> {
-        self.phase.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.phase.read()
     }
 
     fn phase_mut(&self) -> RwLockWriteGuard<'_, Phase> {
-        self.phase.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.phase.write()
     }
 }
 

@@ -2,8 +2,9 @@
 //! that a test needs.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -110,7 +111,7 @@ impl HttpTestServer {
     }
 
     pub(crate) fn requests(&self) -> Vec<ReceivedRequest> {
-        self.requests.lock().unwrap().clone()
+        self.requests.lock().clone()
     }
 
     /// The request lines, in order.
@@ -171,7 +172,7 @@ async fn serve_connection(
         return;
     }
     let request = ReceivedRequest { request_line, headers, body };
-    received.lock().unwrap().push(request.clone());
+    received.lock().push(request.clone());
     match answer(&request) {
         Reply::Silence => std::future::pending().await,
         Reply::Stall(bytes) => {

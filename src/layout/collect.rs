@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io::Read;
-use std::sync::MutexGuard;
+
+use parking_lot::MutexGuard;
 
 use super::index::IndexFile;
 use super::{Folder, io_error};

@@ -1,7 +1,6 @@
 //! `index.json`: the image records.
 
-use std::sync::MutexGuard;
-
+use parking_lot::MutexGuard;
 use serde_json::{Map, Value, json};
 
 use super::{Folder, INDEX_FILE, io_error, replace};

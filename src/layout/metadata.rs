@@ -4,8 +4,8 @@ use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::sync::MutexGuard;
 
+use parking_lot::MutexGuard;
 use serde::{Deserialize, Serialize};
 
 use super::{Folder, METADATA, io_error, replace};

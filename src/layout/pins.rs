@@ -6,8 +6,9 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::MutexGuard;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::MutexGuard;
 
 use super::{Folder, PINS, io_error};
 use crate::oci::Digest;

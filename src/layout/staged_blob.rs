@@ -5,10 +5,11 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::writer::WriteSlot;
 use super::{BLOBS, Folder, INGEST, io_error};
@@ -85,7 +86,7 @@ fn sweep<T>(ingest: &Path, take: impl Fn(Digest) -> Option<T>) -> io::Result<()>
 impl StagedState {
     fn open(&self) -> MutexGuard<'_, Option<OpenStage>> {
         // A panic leaves no half change: the rename is atomic.
-        self.open.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.open.lock()
     }
 
     /// In the writer's order: a visible blob is on disk and has its metadata.

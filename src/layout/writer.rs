@@ -4,10 +4,11 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, IoSlice, Write};
 use std::path::PathBuf;
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::MutexGuard;
 
 use super::{BLOBS, Folder, INGEST, io_error};
 use crate::files::{blob_path, sync_folder};
@@ -66,7 +67,7 @@ impl LayoutWriter {
 
 impl Folder {
     fn writing(&self) -> MutexGuard<'_, HashSet<Digest>> {
-        self.writing.lock().expect("no thread panics while it holds the set")
+        self.writing.lock()
     }
 
     fn staging_path(&self, digest: Digest) -> PathBuf {

@@ -1,7 +1,8 @@
 //! The inventory, shared by the tasks of one agent: the mesh writes, recoveries read.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
+use parking_lot::RwLock;
 use tokio::sync::watch;
 
 use crate::decide::inventory::Inventory;
@@ -23,7 +24,7 @@ impl Default for SharedInventory {
 impl SharedInventory {
     /// Reads the inventory under a lock, so `question` must be short.
     pub fn read<T>(&self, query: impl FnOnce(&Inventory) -> T) -> T {
-        query(&self.inventory.read().unwrap_or_else(PoisonError::into_inner))
+        query(&self.inventory.read())
     }
 
     /// Applies one event, in processes without a mesh.
@@ -40,7 +41,7 @@ impl SharedInventory {
     /// Gives `change` write access; after a change, the caller calls
     /// [`SharedInventory::mark_changed`].
     pub(super) fn modify<T>(&self, change: impl FnOnce(&mut Inventory) -> T) -> T {
-        change(&mut self.inventory.write().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.inventory.write())
     }
 
     /// Notifies the receivers of [`SharedInventory::changes`].

@@ -1,10 +1,11 @@
 //! A cluster in memory: namespaces, Events, nudges and Leases, shared by the agents of one process.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::broadcast;
 
 use crate::decide::clock_skew::ClockSample;
@@ -144,7 +145,7 @@ impl MemoryCluster {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn available_state(&self) -> Result<MutexGuard<'_, State>, ClusterError> {

@@ -1,10 +1,10 @@
 //! Registries in memory.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::model::OutageKind;
 use crate::oci::{BlobProof, Digest, Hasher, Repository};
@@ -95,7 +95,7 @@ impl MemoryRegistry {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, FakeRegistry>> {
-        self.registries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.registries.lock()
     }
 }
 

@@ -1,11 +1,12 @@
 //! Peers in memory, honest and misbehaving.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use crate::model::PeerId;
 use crate::oci::{BlobProof, Digest, Hasher};
@@ -73,32 +74,27 @@ impl MemoryFetcher {
     }
 
     fn insert_peer(&self, peer: PeerId, fake_peer: FakePeer) {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer, fake_peer);
+        self.peers.lock().insert(peer, fake_peer);
     }
 
     /// Number of requests for a blob's bytes to this peer.
     pub fn request_count(&self, peer: PeerId) -> usize {
-        self.requests
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .filter(|&&requested| requested == peer)
-            .count()
+        self.requests.lock().iter().filter(|&&requested| requested == peer).count()
     }
 
     /// Every verified blob or piece with its provider, in order.
     pub fn served(&self) -> Vec<(PeerId, Digest)> {
-        self.served.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.served.lock().clone()
     }
 
     /// The peer's download of the blob, if any.
     fn partial(&self, peer: PeerId, digest: Digest) -> Option<Arc<dyn PartialBlob>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner).get(&peer)?.partials.partial(digest)
+        self.peers.lock().get(&peer)?.partials.partial(digest)
     }
 
     /// Counts a piece of a peer; `false` when the peer hangs instead of sending the piece.
     fn record_piece(&self, peer: PeerId) -> bool {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = self.peers.lock();
         match peers.get_mut(&peer).map(|fake_peer| &mut fake_peer.behaviour) {
             Some(Behaviour::HangsAfter(0)) => false,
             Some(Behaviour::HangsAfter(left)) => {
@@ -120,15 +116,15 @@ impl MemoryFetcher {
     }
 
     fn record_request(&self, peer: PeerId) {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).push(peer);
+        self.requests.lock().push(peer);
     }
 
     fn record_served(&self, peer: PeerId, digest: Digest) {
-        self.served.lock().unwrap_or_else(PoisonError::into_inner).push((peer, digest));
+        self.served.lock().push((peer, digest));
     }
 
     fn peer(&self, peer: PeerId) -> Result<(Arc<dyn ContentStore>, Behaviour), FetchError> {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = self.peers.lock();
         let unreachable = FetchError::Unreachable { peer, silent: true, reason: "connection refused".into() };
         let Some(FakePeer { store, behaviour, .. }) = peers.get_mut(&peer) else { return Err(unreachable) };
         match behaviour {

@@ -1,8 +1,7 @@
 //! A webhook receiver in memory.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use async_trait::async_trait;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::ports::{Notification, Notifier, NotifyError};
 
@@ -36,7 +35,7 @@ impl MemoryNotifier {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

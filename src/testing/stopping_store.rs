@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::decide::disk_floor::Disks;
@@ -73,7 +74,7 @@ impl StoppingStore {
             drop(work);
         }
         if step == last {
-            self.staged.lock().unwrap_or_else(PoisonError::into_inner).drain(..).for_each(|stage| {
+            self.staged.lock().drain(..).for_each(|stage| {
                 if let Some(stage) = stage.upgrade() {
                     stage.close();
                 }
@@ -106,7 +107,7 @@ impl ContentStore for StoppingStore {
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
         let staged = self.step(self.inner.stage(digest, size, pin)).await?;
         let stage = Arc::new(StoppingStagedBlob { inner: Mutex::new(Some(staged)), store: self.clone() });
-        self.staged.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&stage));
+        self.staged.lock().push(Arc::downgrade(&stage));
         Ok(stage)
     }
 
@@ -183,11 +184,11 @@ struct StoppingStagedBlob {
 
 impl StoppingStagedBlob {
     fn close(&self) {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.inner.lock().take();
     }
 
     fn open(&self) -> Option<Arc<dyn StagedBlob>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.inner.lock().clone()
     }
 
     /// Never returns after the kill.

@@ -3,9 +3,10 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quinn::{Connection, Incoming, SendStream, VarInt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -53,7 +54,7 @@ pub(super) struct HandshakePermit {
 impl HandshakeLimiter {
     /// `None` when the address, its subnet or the whole limiter has no permit left.
     pub(super) fn try_acquire(self: &Arc<Self>, address: IpAddr) -> Option<HandshakePermit> {
-        let mut handshakes = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handshakes = self.by_address.lock();
         let from_address = handshakes.get(&address).copied().unwrap_or(0);
         let is_same_subnet = |other: IpAddr| Subnet::of(other) == Subnet::of(address);
         let from_subnet: usize =
@@ -70,13 +71,13 @@ impl HandshakeLimiter {
 
     /// Whether an unvalidated address has to be validated now.
     pub(super) fn is_retry_required(&self) -> bool {
-        self.by_address.lock().unwrap_or_else(PoisonError::into_inner).values().sum::<usize>() >= RETRY_THRESHOLD
+        self.by_address.lock().values().sum::<usize>() >= RETRY_THRESHOLD
     }
 }
 
 impl Drop for HandshakePermit {
     fn drop(&mut self) {
-        let mut handshakes = self.limiter.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handshakes = self.limiter.by_address.lock();
         if let Some(count) = handshakes.get_mut(&self.address) {
             *count -= 1;
             if *count == 0 {

@@ -5,9 +5,10 @@
 //! the last request. Not here: the chains of partial blobs, which are fetched with them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -206,9 +207,8 @@ impl HashChainCache {
         self.lock().pending.values().filter(|pending| pending.strong_count() > 0).count()
     }
 
-    /// No holder of the lock panics half-way through a change, so a poisoned table is consistent.
     fn lock(&self) -> MutexGuard<'_, CacheTable> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 }
 

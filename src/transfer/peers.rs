@@ -2,9 +2,10 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quinn::Connection;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -56,7 +57,7 @@ pub(super) struct PeerTableFull;
 impl PeerTable {
     /// Adds an admitted peer, or updates its address and verdict.
     pub(super) fn insert(&self, peer: &Peer, admission: PeerAdmission) -> Result<(), PeerTableFull> {
-        let mut table = lock(&self.table);
+        let mut table = self.table.lock();
         if !table.contains_key(&peer.id) && table.len() >= MAX_PEERS {
             return Err(PeerTableFull);
         }
@@ -74,7 +75,7 @@ impl PeerTable {
     /// Drops the oldest key of the pod when this key is one too many for the pod.
     fn evict_superseded_key(&self, table: &mut HashMap<PeerId, PeerEntry>, peer: PeerId, admission: &PeerAdmission) {
         let Some(pod) = admission.pod.as_deref() else { return };
-        let mut pods = lock(&self.pods);
+        let mut pods = self.pods.lock();
         let known = table.get(&peer).map(|entry| &entry.admission);
         let previous_pod = known.and_then(|known| known.pod.as_deref());
         if previous_pod != Some(pod) {
@@ -101,13 +102,13 @@ impl PeerTable {
 
     /// Expiry of the verdict about the peer, since 1970; zero without a verdict.
     pub(super) fn admitted_until(&self, peer: PeerId) -> Duration {
-        lock(&self.table).get(&peer).map(|entry| entry.admission.valid_until).unwrap_or_default()
+        self.table.lock().get(&peer).map(|entry| entry.admission.valid_until).unwrap_or_default()
     }
 
     /// Records a new verdict. The verdict that lasts longest counts, for all connections of the
     /// peer.
     pub(super) fn record_admission(&self, peer: PeerId, admission: PeerAdmission) {
-        let mut table = lock(&self.table);
+        let mut table = self.table.lock();
         if table.contains_key(&peer) {
             self.evict_superseded_key(&mut table, peer, &admission);
         }
@@ -118,14 +119,14 @@ impl PeerTable {
 
     /// Peers with inbound connections whose verdict expired longer ago than clocks may differ.
     pub(super) fn expired(&self, now: Duration) -> Vec<(PeerId, PeerAdmission)> {
-        let table = lock(&self.table);
+        let table = self.table.lock();
         let is_expired =
             |entry: &&PeerEntry| entry.admission.valid_until.saturating_add(LEEWAY) < now && !entry.inbound.is_empty();
         table.values().filter(is_expired).map(|entry| (entry.peer.id, entry.admission.clone())).collect()
     }
 
     pub(super) fn close_inbound(&self, peer: PeerId) {
-        if let Some(entry) = lock(&self.table).get_mut(&peer) {
+        if let Some(entry) = self.table.lock().get_mut(&peer) {
             for connection in entry.inbound.drain(..) {
                 close(&connection, DONE, b"the credential has ended");
             }
@@ -135,14 +136,14 @@ impl PeerTable {
     /// Retires our connections after a change of our credential: running transfers continue, and
     /// the next request dials with the new credential.
     pub(super) fn retire_outbound(&self) {
-        for entry in lock(&self.table).values() {
+        for entry in self.table.lock().values() {
             entry.outbound.retire();
         }
     }
 
     /// Counts a connection that the peer dialed. Beyond [`MAX_INBOUND`] the oldest one is closed.
     pub(super) fn add_inbound(&self, peer: PeerId, connection: &Connection) {
-        let mut table = lock(&self.table);
+        let mut table = self.table.lock();
         let Some(entry) = table.get_mut(&peer) else {
             // The peer was removed between its admission and now.
             return close(connection, DONE, b"forgotten");
@@ -156,50 +157,50 @@ impl PeerTable {
     }
 
     pub(super) fn remove_inbound(&self, peer: PeerId, connection: &Connection) {
-        if let Some(entry) = lock(&self.table).get_mut(&peer) {
+        if let Some(entry) = self.table.lock().get_mut(&peer) {
             entry.inbound.retain(|other| other.stable_id() != connection.stable_id());
         }
     }
 
     /// The peer's address, and the state of our connection to the peer.
     pub(super) fn find(&self, peer: PeerId) -> Option<(SocketAddr, Arc<Outbound>)> {
-        lock(&self.table).get(&peer).map(|entry| (entry.peer.transfer, entry.outbound.clone()))
+        self.table.lock().get(&peer).map(|entry| (entry.peer.transfer, entry.outbound.clone()))
     }
 
     /// The peer to which we have a connection at this address, while the verdict about the peer
     /// lasts.
     pub(super) fn connected_at(&self, address: SocketAddr, now: Duration) -> Option<Peer> {
-        let table = lock(&self.table);
+        let table = self.table.lock();
         let mut matching =
             table.values().filter(|entry| entry.peer.transfer == address && entry.admission.valid_until > now);
         matching.find(|entry| entry.outbound.connection().is_some()).map(|entry| entry.peer.clone())
     }
 
     pub(super) fn get(&self, peer: PeerId) -> Option<Peer> {
-        lock(&self.table).get(&peer).map(|entry| entry.peer.clone())
+        self.table.lock().get(&peer).map(|entry| entry.peer.clone())
     }
 
     pub(super) fn all(&self) -> Vec<Peer> {
-        lock(&self.table).values().map(|entry| entry.peer.clone()).collect()
+        self.table.lock().values().map(|entry| entry.peer.clone()).collect()
     }
 
     /// Drops the peer with its address, its connections and its place among the keys of the pod.
     pub(super) fn remove(&self, peer: PeerId) {
-        if let Some(entry) = lock(&self.table).remove(&peer) {
+        if let Some(entry) = self.table.lock().remove(&peer) {
             if let Some(pod) = &entry.admission.pod {
-                lock(&self.pods).remove(pod, peer);
+                self.pods.lock().remove(pod, peer);
             }
             entry.close(b"forgotten");
         }
     }
 
     pub(super) fn close_all(&self) {
-        lock(&self.table).values().for_each(|entry| entry.close(AGENT_STOPS));
+        self.table.lock().values().for_each(|entry| entry.close(AGENT_STOPS));
     }
 
     /// Closes our connections that were unused for this long.
     pub(super) fn close_unused(&self, unused: Duration) {
-        for entry in lock(&self.table).values() {
+        for entry in self.table.lock().values() {
             entry.outbound.close_if_unused(unused);
         }
     }
@@ -248,7 +249,7 @@ impl Default for Outbound {
 impl Outbound {
     /// The live connection, which then counts as used.
     pub(super) fn connection(&self) -> Option<SharedConnection> {
-        let mut slot = lock(&self.connection);
+        let mut slot = self.connection.lock();
         let (connection, last_used) = slot.as_mut().filter(|(connection, _)| connection.close_reason().is_none())?;
         *last_used = Instant::now();
         Some(connection.clone())
@@ -256,7 +257,7 @@ impl Outbound {
 
     /// Stores a new connection. With a live connection in place, the new one is closed.
     pub(super) fn insert(&self, connection: Connection) -> SharedConnection {
-        let mut slot = lock(&self.connection);
+        let mut slot = self.connection.lock();
         if let Some((existing, _)) = slot.as_ref().filter(|(existing, _)| existing.close_reason().is_none()) {
             close(&connection, DONE, b"there is another");
             return existing.clone();
@@ -268,37 +269,37 @@ impl Outbound {
 
     /// The number of failed dials.
     pub(super) fn failures(&self) -> u64 {
-        lock(&self.dial_failures).0
+        self.dial_failures.lock().0
     }
 
     /// The error of the last dial, when a dial failed after `seen` were counted. Waiting callers
     /// share that outcome instead of dialing one after another.
     pub(super) fn failed_since(&self, failures_before: u64) -> Option<DialError> {
-        let dial_failures = lock(&self.dial_failures);
+        let dial_failures = self.dial_failures.lock();
         dial_failures.1.clone().filter(|_| dial_failures.0 != failures_before)
     }
 
     pub(super) fn record_failure(&self, error: DialError) {
-        let mut dial_failures = lock(&self.dial_failures);
+        let mut dial_failures = self.dial_failures.lock();
         *dial_failures = (dial_failures.0 + 1, Some(error));
     }
 
     /// Drops the connection, and closes an unused one. Running transfers keep their clones.
     fn retire(&self) {
-        let retired = lock(&self.connection).take().filter(|(connection, _)| Arc::strong_count(connection) == 1);
+        let retired = self.connection.lock().take().filter(|(connection, _)| Arc::strong_count(connection) == 1);
         if let Some((connection, _)) = retired {
             close(&connection, DONE, b"another credential");
         }
     }
 
     fn close(&self, reason: &[u8]) {
-        if let Some((connection, _)) = lock(&self.connection).take() {
+        if let Some((connection, _)) = self.connection.lock().take() {
             close(&connection, DONE, reason);
         }
     }
 
     fn close_if_unused(&self, unused: Duration) {
-        let mut slot = lock(&self.connection);
+        let mut slot = self.connection.lock();
         let Some((connection, last_used)) = slot.as_mut() else { return };
         if Arc::strong_count(connection) > 1 {
             *last_used = Instant::now();
@@ -307,9 +308,4 @@ impl Outbound {
             *slot = None;
         }
     }
-}
-
-/// No holder of these locks panics half-way through a change, so a poisoned table is consistent.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

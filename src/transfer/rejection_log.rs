@@ -5,9 +5,9 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::decide::subnet::Subnet;
@@ -41,7 +41,7 @@ impl RejectionLog {
     /// the full text may contain input of the peer, which can differ each time.
     pub(super) fn record(&self, address: IpAddr, reason: &'static str) -> bool {
         let now = Instant::now();
-        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = self.logged.lock();
         if logged.interval_start.is_none_or(|since| now >= since + LOG_INTERVAL) {
             *logged = LoggedRejections { interval_start: Some(now), rejections: HashSet::new() };
         }

@@ -19,12 +19,13 @@ mod versions;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use quinn::{Connection, ConnectionError, Endpoint, VarInt};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -93,7 +94,7 @@ impl TestAdmission {
         AdmittedPeer {
             node: None,
             pod: self.pods.get(&peer).cloned(),
-            valid_until: now + *self.lifetime.lock().unwrap(),
+            valid_until: now + *self.lifetime.lock(),
             is_in_grace: false,
         }
     }
@@ -112,7 +113,7 @@ impl Admission for TestAdmission {
         if admitted { Ok(self.verdict(peer)) } else { Err(Rejection::Denied("not on the list".into())) }
     }
     fn admit_relayed(&self, peer: PeerId, _: &Credential) -> Result<AdmittedPeer, Rejection> {
-        self.recheck.lock().unwrap().clone().map(|()| self.verdict(peer))
+        self.recheck.lock().clone().map(|()| self.verdict(peer))
     }
 }
 

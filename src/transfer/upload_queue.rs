@@ -7,8 +7,8 @@
 
 use std::collections::HashMap;
 use std::pin::pin;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use tokio::time::timeout;
 
@@ -93,9 +93,8 @@ impl UploadQueue {
         table.grant_slots();
     }
 
-    /// No holder of the lock panics half-way through a change, so a poisoned table is consistent.
     fn lock(&self) -> MutexGuard<'_, UploadTable> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 }
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::pin::pin;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -15,6 +15,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{GroupVersionKind, TypeMeta};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Config};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -108,8 +109,7 @@ impl Cluster {
             if left.is_zero() {
                 return Err(format!("waited {} s for {what}", limit.as_secs()));
             }
-            let waited = self.cache.changed.wait_timeout(objects, left);
-            objects = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.cache.changed.wait_for(&mut objects, left);
         }
     }
 
@@ -179,7 +179,7 @@ impl Cluster {
 impl WatchCache {
     fn lock(&self) -> MutexGuard<'_, Objects> {
         // A panic of another test under the lock leaves complete objects behind.
-        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+        self.objects.lock()
     }
 }
 

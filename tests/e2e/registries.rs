@@ -6,8 +6,10 @@ mod script;
 mod server;
 mod tls;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::images::Image;
 use crate::test_bed::TestError;
@@ -233,7 +235,7 @@ impl Registries {
 
     fn content(&self) -> MutexGuard<'_, Content> {
         // A panic of another thread under the lock leaves complete entries behind.
-        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+        self.content.lock()
     }
 }
 

@@ -9,10 +9,11 @@ use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -108,7 +109,7 @@ impl AsyncUdpSocket for DelayedSocket {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        let mut delayed = self.delayed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut delayed = self.delayed.lock();
         delayed.receive(self, cx, buffers, meta)?;
         loop {
             let delivered = delayed.deliver(buffers, meta);

@@ -1,12 +1,13 @@
 //! The cluster's published signing keys, cached so that peers are admitted while the API server is
 //! down.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jsonwebtoken::jwk::Jwk;
 use kube::api::GetParams;
 use kube::core::Request;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -118,8 +119,8 @@ impl KeySource {
         Ok(CachedKeys { keys, published: PublishedKeys { discovery, jwks }, fetched_at: now() })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<CachedKeys>> {
-        self.cached.lock().expect("no code panics under this lock")
+    fn lock(&self) -> parking_lot::MutexGuard<'_, Option<CachedKeys>> {
+        self.cached.lock()
     }
 }
 

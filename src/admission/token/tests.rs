@@ -25,15 +25,15 @@ struct FakeApiServer {
 
 impl FakeApiServer {
     fn publish(&self, keys: Vec<Value>) {
-        *self.published.lock().unwrap() = keys;
+        *self.published.lock() = keys;
     }
 
     fn review_count(&self) -> usize {
-        self.reviews.lock().unwrap().len()
+        self.reviews.lock().len()
     }
 
     fn key_request_count(&self) -> u32 {
-        *self.key_requests.lock().unwrap()
+        *self.key_requests.lock()
     }
 }
 
@@ -57,19 +57,19 @@ fn agent_at(server: SocketAddr, options: TokenAdmissionOptions) -> TokenAdmissio
 
 async fn serve(fake: &Arc<FakeApiServer>, server: &mut JoinSet<()>) -> SocketAddr {
     let jwks = async |State(fake): State<Arc<FakeApiServer>>| {
-        *fake.key_requests.lock().unwrap() += 1;
-        json!({ "keys": *fake.published.lock().unwrap() }).to_string()
+        *fake.key_requests.lock() += 1;
+        json!({ "keys": *fake.published.lock() }).to_string()
     };
     let token = async |State(fake): State<Arc<FakeApiServer>>, body: String| {
         let mut request: Value = serde_json::from_str(&body).unwrap();
-        fake.token_requests.lock().unwrap().push(request.clone());
+        fake.token_requests.lock().push(request.clone());
         request["status"] = json!({ "token": "a.b.c", "expirationTimestamp": "2030-01-01T00:00:00Z" });
         request["spec"]["expirationSeconds"] = 600.into();
         request.to_string()
     };
     let review = async |State(fake): State<Arc<FakeApiServer>>, body: String| {
         let mut review: Value = serde_json::from_str(&body).unwrap();
-        fake.reviews.lock().unwrap().push(review["spec"].clone());
+        fake.reviews.lock().push(review["spec"].clone());
         let passed = !fake.rejects_tokens.load(Ordering::Relaxed);
         review["status"] = json!({ "authenticated": passed, "audiences": review["spec"]["audiences"],
             "user": { "username": "system:serviceaccount:lighterman:agent" } });
@@ -173,7 +173,7 @@ async fn the_token_request_names_this_key_and_pod_and_an_expired_token_is_not_se
         Duration::from_secs(600),
         "the granted lifetime, not the requested lifetime"
     );
-    let spec = fake.token_requests.lock().unwrap()[0]["spec"].take();
+    let spec = fake.token_requests.lock()[0]["spec"].take();
     let pod = json!({ "apiVersion": "v1", "kind": "Pod", "name": "agent-x", "uid": "p-1" });
     assert_eq!(spec, json!({ "audiences": [peer().to_string()], "boundObjectRef": pod, "expirationSeconds": 3600 }));
     assert_eq!(agent.credential().await.unwrap().expose(), "a.b.c");
@@ -193,7 +193,7 @@ async fn a_pods_token_is_reviewed_once_and_a_rejection_counts() {
         agent.admit(peer(), &credential()).await.unwrap();
     }
     assert_eq!(fake.review_count(), 1);
-    let spec = fake.reviews.lock().unwrap()[0].clone();
+    let spec = fake.reviews.lock()[0].clone();
     assert_eq!(spec["audiences"], json!([peer().to_string()]));
 
     // A token of another pod needs its own review.

@@ -1,12 +1,13 @@
 //! TokenReview: the API server's verdict on a token. The API server also rejects tokens of a
 //! deleted pod or ServiceAccount, whose signature is still valid.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use kube::api::PostParams;
 use kube::core::Request;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::api_server::client::ApiServerClient;
@@ -27,7 +28,7 @@ impl SharedReviewBudget {
 
     /// Takes one review of the budget, in a cluster of `agents` agents; `false` when none is left.
     pub(super) fn try_take(&self, agents: usize) -> bool {
-        self.0.lock().expect("no code panics under this lock").try_take(agents, Instant::now().into_std())
+        self.0.lock().try_take(agents, Instant::now().into_std())
     }
 }
 

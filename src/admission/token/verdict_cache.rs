@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 use crate::credential::token::Claims;
@@ -143,7 +143,7 @@ impl VerdictCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, VerdictTable> {
-        self.table.lock().expect("no code panics under this lock")
+        self.table.lock()
     }
 }
 

@@ -1,7 +1,9 @@
 //! Whether peers answer over UDP. The UDP watch writes the state; fetchers, status and Events read
 //! the state.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::ports::UdpStatus;
 
@@ -12,16 +14,16 @@ pub struct UdpState(Arc<Mutex<UdpStatus>>);
 impl UdpState {
     /// The current state.
     pub fn status(&self) -> UdpStatus {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.lock().clone()
     }
 
     /// Whether UDP is blocked now.
     pub fn is_blocked(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).blocked_since.is_some()
+        self.0.lock().blocked_since.is_some()
     }
 
     /// Replaces the state, and returns the former one.
     pub(in crate::agent) fn replace(&self, status: UdpStatus) -> UdpStatus {
-        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), status)
+        std::mem::replace(&mut *self.0.lock(), status)
     }
 }

@@ -7,11 +7,12 @@
 mod local_blob;
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 pub(in crate::agent) use self::local_blob::LocalBlob;
@@ -292,7 +293,7 @@ impl BlobFetcher {
     }
 
     pub(in crate::agent) fn peer_faults(&self) -> MutexGuard<'_, PeerFaults> {
-        self.peer_faults.lock().unwrap_or_else(PoisonError::into_inner)
+        self.peer_faults.lock()
     }
 }
 

@@ -5,8 +5,10 @@
 //! the fetched content. Claims never serialize the downloads of several nodes.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
+
+use parking_lot::Mutex;
 
 use crate::agent::peers::inventory_view::PeerInventory;
 use crate::decide::claim::{LeaseStep, claim_delay, lease_step};
@@ -101,12 +103,7 @@ impl ClaimCoordinator {
         let lease = self.claims.read(digest).await?;
         let step = lease_step(lease.as_ref(), &self.node, now);
         if step != LeaseStep::Skip {
-            self.claimed
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .entry(reference.clone())
-                .or_default()
-                .insert(digest);
+            self.claimed.lock().entry(reference.clone()).or_default().insert(digest);
         }
         match step {
             LeaseStep::Create => self.claims.create(digest, now).await?,
@@ -118,7 +115,7 @@ impl ClaimCoordinator {
 
     /// Releases the claims of a recovery that ended.
     pub(in crate::agent) async fn release_all(&self, reference: &Reference) {
-        let claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner).remove(reference);
+        let claimed = self.claimed.lock().remove(reference);
         for digest in claimed.into_iter().flatten() {
             if let Err(error) = self.claims.release(digest).await {
                 tracing::debug!(%digest, %error, "the claim cannot be released; the claim expires by itself");

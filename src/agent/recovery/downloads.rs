@@ -5,8 +5,9 @@ pub(in crate::agent::recovery) mod blob_download;
 mod chain_prefixes;
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Semaphore, watch};
 
 use self::blob_download::{BlobDownload, ServedDownload};
@@ -96,7 +97,7 @@ impl Downloads {
     }
 
     fn blobs(&self) -> MutexGuard<'_, HashMap<Digest, Arc<BlobDownload>>> {
-        self.0.blobs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.blobs.lock()
     }
 }
 

@@ -3,10 +3,11 @@
 //! soon as a probe over UDP is answered.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
@@ -66,7 +67,7 @@ impl FallbackFetcher {
     }
 
     fn permits_of_peer(&self, peer: PeerId) -> Arc<Semaphore> {
-        let mut peers = self.peer_permits.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = self.peer_permits.lock();
         peers.retain(|_, in_use| Arc::strong_count(in_use) > 1);
         Arc::clone(peers.entry(peer).or_insert_with(|| Arc::new(Semaphore::new(MAX_RANGES_OF_A_PEER))))
     }

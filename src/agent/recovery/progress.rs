@@ -2,8 +2,10 @@
 //! whether a recovery has begun to write image records.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
+
+use parking_lot::Mutex;
 
 use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::decide::plan::FetchPlan;
@@ -115,8 +117,8 @@ impl Progress {
         });
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, ProgressState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> parking_lot::MutexGuard<'_, ProgressState> {
+        self.0.lock()
     }
 }
 
@@ -176,7 +178,7 @@ impl RecoveryTracker {
         recoveries.ended.push_back((reference.clone(), result));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Recoveries> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> parking_lot::MutexGuard<'_, Recoveries> {
+        self.0.lock()
     }
 }

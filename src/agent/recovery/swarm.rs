@@ -15,9 +15,10 @@ mod tests;
 mod zone_election;
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
@@ -60,7 +61,7 @@ struct SwarmShared {
 
 impl SwarmShared {
     fn picker(&self) -> MutexGuard<'_, PiecePicker> {
-        self.picker.lock().unwrap_or_else(PoisonError::into_inner)
+        self.picker.lock()
     }
 }
 

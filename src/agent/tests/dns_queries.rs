@@ -1,10 +1,10 @@
 //! DNS queries of the join task, counted by a fake resolver under a paused clock.
 
 use std::net::SocketAddr;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +39,7 @@ impl DnsResolver for CountingResolver {
     }
 
     async fn resolve(&self, name: &str) -> Option<Vec<SocketAddr>> {
-        self.names.lock().unwrap().push(name.to_owned());
+        self.names.lock().push(name.to_owned());
         Some(self.answer.clone())
     }
 }
@@ -48,7 +48,7 @@ impl CountingResolver {
     /// Removes the recorded names, and returns the number of their queries: A and AAAA for each
     /// name. A name without a final dot is also queried below each search domain.
     fn take_queries(&self) -> usize {
-        let names = std::mem::take(&mut *self.names.lock().unwrap());
+        let names = std::mem::take(&mut *self.names.lock());
         let queries_of = |name: &String| {
             let host = name.split(':').next().unwrap_or_default();
             let search_domains =

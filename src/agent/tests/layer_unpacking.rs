@@ -2,11 +2,11 @@
 //! recovery.
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::join_all;
+use parking_lot::Mutex;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -71,7 +71,7 @@ impl Unpacker for RecordingUnpacker {
         let complete_blobs = blobs_of(&*self.store).await.into_iter().collect();
         let has_record = !self.store.images().await?.is_empty();
         let number = {
-            let mut calls = self.calls.lock().unwrap();
+            let mut calls = self.calls.lock();
             calls.push(UnpackCall { chain_id: layer.chain_id, complete_blobs, has_record });
             calls.len()
         };
@@ -128,7 +128,7 @@ async fn layers_are_unpacked_bottom_up_before_the_image_is_recorded() {
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     recover(&node, &unpacker).await.unwrap();
-    let calls = unpacker.calls.lock().unwrap();
+    let calls = unpacker.calls.lock();
     assert_eq!(calls.iter().map(|call| call.chain_id).collect::<Vec<_>>(), chain_ids(&image));
     for (call, layer) in calls.iter().zip(&image.layers) {
         assert!(!call.has_record, "a pod that starts after the record makes containerd unpack too");
@@ -155,7 +155,7 @@ async fn a_layer_is_unpacked_while_the_layer_above_is_missing() {
     let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     let recovered = tokio::time::timeout(Duration::from_secs(5), recover(&node, &unpacker)).await;
     assert!(recovered.is_err(), "the recovery waits for the hanging peer");
-    let unpacked: Vec<_> = unpacker.calls.lock().unwrap().iter().map(|call| call.chain_id).collect();
+    let unpacked: Vec<_> = unpacker.calls.lock().iter().map(|call| call.chain_id).collect();
     assert_eq!(unpacked, chain_ids(&image)[..2]);
 }
 
@@ -165,7 +165,7 @@ async fn a_layer_that_cannot_be_unpacked_does_not_fail_the_recovery() {
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::FailsAt(2));
     recover(&node, &unpacker).await.unwrap();
-    assert_eq!(unpacker.calls.lock().unwrap().len(), 2, "the runtime unpacks the other layers");
+    assert_eq!(unpacker.calls.lock().len(), 2, "the runtime unpacks the other layers");
     assert!(node.has_metric(r#"lighterman_layers_unpacked_total{result="failed"} 1"#));
     assert_eq!(node.record_names().await.len(), 2);
     node.store.collect();
@@ -188,7 +188,7 @@ async fn an_image_without_space_for_its_layers_is_recorded_once_there_is_space()
         "{rejected}"
     );
     assert!(node.record_names().await.is_empty());
-    assert_eq!(unpacker.calls.lock().unwrap().len(), 1, "only the layer that fits is unpacked");
+    assert_eq!(unpacker.calls.lock().len(), 1, "only the layer that fits is unpacked");
     node.store.set_disks(two_disks(60_000));
     recover(&node, &unpacker).await.unwrap();
     assert_eq!(node.record_names().await.len(), 2);
@@ -213,7 +213,7 @@ async fn an_unsupported_unpacker_counts_and_reports_nothing() {
     node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::Unsupported);
     recover(&node, &unpacker).await.unwrap();
-    assert!(unpacker.calls.lock().unwrap().is_empty());
+    assert!(unpacker.calls.lock().is_empty());
     assert!(!String::from_utf8(node.metrics.render()).unwrap().contains("layers_unpacked_total{"));
     assert_eq!(node.record_names().await.len(), 2);
 }
@@ -269,7 +269,7 @@ async fn two_images_are_unpacked_at_a_time_and_a_third_image_waits() {
         recoverer.recover(&request, &progress, &CancellationToken::new()).await
     }));
     timeout(Duration::from_secs(60), all).await.map(drop).unwrap_err();
-    assert_eq!(unpacker.calls.lock().unwrap().len(), 2);
+    assert_eq!(unpacker.calls.lock().len(), 2);
 }
 
 #[tokio::test(start_paused = true)]
@@ -280,7 +280,7 @@ async fn a_recovery_cancelled_while_unpacking_ends_at_once_and_records_nothing()
     let (recoverer, stop) = (recoverer(&node, &unpacker), CancellationToken::new());
     let (request, progress) = (IMAGE.parse::<Reference>().unwrap().into(), Progress::default());
     let stopping = async {
-        while unpacker.calls.lock().unwrap().is_empty() {
+        while unpacker.calls.lock().is_empty() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert_eq!(progress.unpacking(), Some((1, 3)));
@@ -303,7 +303,7 @@ async fn a_whole_recorded_image_is_left_to_the_runtime_to_unpack() {
         .await
         .unwrap();
     recover(&node, &unpacker).await.unwrap();
-    assert!(unpacker.calls.lock().unwrap().is_empty());
+    assert!(unpacker.calls.lock().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -313,7 +313,7 @@ async fn the_unpacker_does_not_wait_for_an_image_that_failed() {
     let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     let failed = recover(&node, &unpacker).await;
     assert!(matches!(failed, Err(RecoverError::Fetch { .. })), "{failed:?}");
-    assert!(unpacker.calls.lock().unwrap().is_empty());
+    assert!(unpacker.calls.lock().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -328,6 +328,6 @@ async fn an_image_whose_config_does_not_match_its_layers_is_left_to_the_runtime(
     node.announce_store(1, store, Behaviour::Honest).await;
     let unpacker = unpacker(&node, UnpackBehaviour::Succeeds);
     recover(&node, &unpacker).await.unwrap();
-    assert!(unpacker.calls.lock().unwrap().is_empty());
+    assert!(unpacker.calls.lock().is_empty());
     assert!(node.has_metric(r#"lighterman_layers_unpacked_total{result="failed"} 1"#));
 }

@@ -1,10 +1,10 @@
 //! The images of the agent's own DaemonSet.
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
@@ -27,14 +27,14 @@ struct FakeDaemonSet {
 #[async_trait]
 impl OwnDaemonSet for FakeDaemonSet {
     async fn own_images(&self) -> Result<OwnImages, ClusterError> {
-        self.own.lock().unwrap().clone().map_err(|()| ClusterError::Unavailable("the API server is unavailable".into()))
+        self.own.lock().clone().map_err(|()| ClusterError::Unavailable("the API server is unavailable".into()))
     }
 }
 
 #[async_trait]
 impl ProtectedImages for FakeDaemonSet {
     async fn protected_images(&self) -> Result<Protection, StoreError> {
-        Ok(self.protection.lock().unwrap().clone())
+        Ok(self.protection.lock().clone())
     }
 
     async fn protect_image(&self, image: &Reference) -> Result<(), StoreError> {
@@ -42,12 +42,12 @@ impl ProtectedImages for FakeDaemonSet {
         if !records.iter().any(|record| record.name == image.to_string()) {
             return Err(StoreError::Other("no such record".into()));
         }
-        self.protection.lock().unwrap().ours.insert(image.clone());
+        self.protection.lock().ours.insert(image.clone());
         Ok(())
     }
 
     async fn release_image(&self, image: &Reference) -> Result<(), StoreError> {
-        self.protection.lock().unwrap().ours.remove(image);
+        self.protection.lock().ours.remove(image);
         Ok(())
     }
 }
@@ -99,7 +99,7 @@ impl RunningOwnImage {
     }
 
     fn protected(&self) -> BTreeSet<String> {
-        self.daemonset.protection.lock().unwrap().ours.iter().map(ToString::to_string).collect()
+        self.daemonset.protection.lock().ours.iter().map(ToString::to_string).collect()
     }
 
     async fn wait_for_protected(&self, names: &[&str]) {
@@ -240,9 +240,9 @@ async fn an_image_is_released_when_pod_and_template_name_another_image() {
     let agent = start_agent(&node, &next, false).await;
     agent.wait_for_protected(&[CURRENT, &next]).await;
     // An API server that does not answer changes nothing.
-    *agent.daemonset.own.lock().unwrap() = Err(());
+    *agent.daemonset.own.lock() = Err(());
     tokio::time::sleep(HOUR).await;
     agent.wait_for_protected(&[CURRENT, &next]).await;
-    *agent.daemonset.own.lock().unwrap() = Ok(own(&next, &next));
+    *agent.daemonset.own.lock() = Ok(own(&next, &next));
     agent.wait_for_protected(&[&next]).await;
 }

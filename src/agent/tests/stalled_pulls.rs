@@ -1,10 +1,10 @@
 //! Silent connections of containerd: the agent ends such connections if the options permit.
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 
 use super::pod_controller::{RunningController, failing_pod, reports};
 use super::pod_needs::pending_pod;
@@ -38,7 +38,7 @@ impl FakeConnections {
     }
 
     fn open(&self) -> Vec<u64> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = self.open.lock();
         open.iter().map(|connection| connection.cookie).collect()
     }
 }
@@ -46,7 +46,7 @@ impl FakeConnections {
 #[async_trait]
 impl PullConnections for FakeConnections {
     async fn connections(&self) -> Result<TcpConnections, ConnectionsError> {
-        let mut established = self.open.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut established = self.open.lock().clone();
         let silent = tokio::time::Instant::now().saturating_duration_since(self.silent_since);
         established
             .iter_mut()
@@ -59,7 +59,7 @@ impl PullConnections for FakeConnections {
         if self.refuses {
             return Err(std::io::Error::from_raw_os_error(1).into());
         }
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.lock();
         open.retain(|other| other.cookie != connection.cookie);
         Ok(true)
     }

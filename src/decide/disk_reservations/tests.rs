@@ -106,7 +106,7 @@ fn rejected_needs_are_kept_up_to_a_bound() {
     for bytes in 1..100 {
         assert!(reserve(&all, bytes, 0).is_err());
     }
-    assert_eq!(lock(&all.0).rejected.len(), MAX_REJECTED);
+    assert_eq!(all.0.lock().rejected.len(), MAX_REJECTED);
 }
 
 #[test]

@@ -51,7 +51,7 @@ async fn a_relayed_introduction_is_rejected_where_its_credential_is_rejected() {
     b.announce(blob("honest")).await;
     a.until_provides(b.id(), blob("honest")).await;
     assert!(a.providers(blob("smuggled")).is_empty());
-    assert_eq!(*a.peers_up.lock().unwrap(), [b.id()]);
+    assert_eq!(*a.peers_up.lock(), [b.id()]);
 }
 
 #[tokio::test]
@@ -231,5 +231,5 @@ async fn a_peer_that_does_not_admit_this_agent_is_never_up() {
     }
     b.announce(blob("meanwhile")).await;
     a.until_provides(b.id(), blob("meanwhile")).await;
-    assert_eq!(*a.peers_up.lock().unwrap(), [b.id()]);
+    assert_eq!(*a.peers_up.lock(), [b.id()]);
 }

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::sync::Mutex;
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -70,25 +70,25 @@ struct TestEndpoint {
 
 impl TestNetwork {
     pub(super) fn add(&self, mesh: &Mesh, peer: Peer) {
-        self.0.lock().unwrap().insert(peer.id, TestEndpoint { mesh: mesh.clone(), peer, blocked: BTreeSet::new() });
+        self.0.lock().insert(peer.id, TestEndpoint { mesh: mesh.clone(), peer, blocked: BTreeSet::new() });
     }
 
     /// Drops all connections between two nodes. Their dials end without a report: three failed dials
     /// would be a suspicion, and an agent lists nothing of a member that it suspects.
     pub(super) fn block(&self, a: PeerId, b: PeerId) {
-        let mut network = self.0.lock().unwrap();
+        let mut network = self.0.lock();
         for (one, other) in [(a, b), (b, a)] {
             network.get_mut(&one).unwrap().blocked.insert(other);
         }
     }
 
     pub(super) fn remove(&self, peer: PeerId) {
-        self.0.lock().unwrap().remove(&peer);
+        self.0.lock().remove(&peer);
     }
 
     pub(super) async fn connect(&self, from: PeerId, to: PeerId) {
         let (ours, theirs) = {
-            let network = self.0.lock().unwrap();
+            let network = self.0.lock();
             (network.get(&from).cloned(), network.get(&to).cloned())
         };
         let Some(ours) = ours else { return };
@@ -184,7 +184,7 @@ impl MeshTestNode {
         tokio::spawn(async move {
             while let Some(event) = events.recv().await {
                 match event {
-                    MembershipEvent::Up(peer) => up_events.lock().unwrap().push(peer.id),
+                    MembershipEvent::Up(peer) => up_events.lock().push(peer.id),
                     MembershipEvent::Down(_) => {}
                     MembershipEvent::Handshake(peer) => known.connect(me, peer.id).await,
                     MembershipEvent::SharedKey(node) => drop(shared_in.send_replace(Some(node))),

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::*;
@@ -67,7 +67,7 @@ impl UnsoundStore {
 #[async_trait]
 impl ContentStore for UnsoundStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
-        let early = self.defect == Defect::Hiding && self.staged.lock().unwrap().contains(&digest);
+        let early = self.defect == Defect::Hiding && self.staged.lock().contains(&digest);
         let early = early.then_some(BlobInfo { digest, size: 0, sources: Vec::new(), has_children: false });
         Ok(self.inner.blob(digest).await?.map(|blob| self.reported_info(blob)).or(early))
     }
@@ -92,7 +92,7 @@ impl ContentStore for UnsoundStore {
             return Err(StoreError::AlreadyExists(digest));
         }
         let inner = self.inner.stage(digest, size, pin).await?;
-        self.staged.lock().unwrap().insert(digest);
+        self.staged.lock().insert(digest);
         Ok(Arc::new(UnsoundStagedBlob { inner, defect: self.defect, committed: AtomicBool::new(false) }))
     }
 

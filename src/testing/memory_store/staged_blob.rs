@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::Mutex;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::MemoryStore;
 use super::blob::MemoryBlob;
@@ -55,8 +55,8 @@ impl MemoryStagedBlob {
         Self { store, digest, resumed_ranges: staged.written.clone(), state: Mutex::new(Ok(staged)) }
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, Result<StagedBytes, Bytes>> {
-        self.state.lock().expect("no thread panics while it holds the bytes")
+    fn state(&self) -> parking_lot::MutexGuard<'_, Result<StagedBytes, Bytes>> {
+        self.state.lock()
     }
 
     fn closed(&self) -> StoreError {

@@ -60,7 +60,7 @@ async fn a_peer_recorded_by_address_alone_is_dialed_for_the_first_fetch() {
 async fn a_connected_peer_is_dialed_again_once_its_verdict_expired() {
     with_deadline(async {
         let admission = TestAdmission::default();
-        *admission.lifetime.lock().unwrap() = Duration::ZERO;
+        *admission.lifetime.lock() = Duration::ZERO;
         let mut listener = TransferTestNode::start(TestStore::default());
         let dialer =
             TransferTestNode::start_with(&Identity::generate(), TestStore::default(), admission, Timeouts::DEFAULT);

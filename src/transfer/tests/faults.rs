@@ -150,7 +150,7 @@ async fn a_peer_whose_connection_ends_in_mid_stream_is_unreachable() {
         let connections = rogue.connections.clone();
         let ends = async {
             half.recv().await.unwrap();
-            connections.lock().unwrap().iter().for_each(|c| c.close(VarInt::from_u32(0), b"dying"));
+            connections.lock().iter().for_each(|c| c.close(VarInt::from_u32(0), b"dying"));
         };
         let ((error, _), ()) = tokio::join!(fetch_from(&rogue, Timeouts::DEFAULT), ends);
         assert!(matches!(error, FetchError::Unreachable { peer, .. } if peer == rogue.id), "{error}");

@@ -9,7 +9,7 @@ async fn a_peer_is_not_served_after_its_verdict_expired_and_is_admitted_again() 
     with_deadline(async {
         let (me, blob) = (Identity::generate(), blob(10));
         let admission = TestAdmission::default();
-        *admission.lifetime.lock().unwrap() = Duration::ZERO;
+        *admission.lifetime.lock() = Duration::ZERO;
         let provider = TransferTestNode::start_with(&me, TestStore::with(&blob), admission.clone(), Timeouts::DEFAULT);
         let endpoint = bare_endpoint(&Identity::generate());
         let connection = handshake(&endpoint, provider.address()).await;
@@ -19,19 +19,19 @@ async fn a_peer_is_not_served_after_its_verdict_expired_and_is_admitted_again() 
             tokio::task::yield_now().await;
         }
         let first = valid_until().unwrap();
-        *admission.recheck.lock().unwrap() = Err(Rejection::Denied("expired".into()));
+        *admission.recheck.lock() = Err(Rejection::Denied("expired".into()));
         shared.close_expired(first + LEEWAY);
         assert!(connection.close_reason().is_none(), "the leeway for clocks is not over");
-        *admission.recheck.lock().unwrap() = Ok(());
-        *admission.lifetime.lock().unwrap() = Duration::from_secs(3600);
+        *admission.recheck.lock() = Ok(());
+        *admission.lifetime.lock() = Duration::from_secs(3600);
         let expire = || shared.close_expired(valid_until().unwrap() + LEEWAY + BRIEF);
         expire();
         assert!(connection.close_reason().is_none(), "the credential is still accepted");
         assert!(valid_until().unwrap() > first + LEEWAY);
-        *admission.recheck.lock().unwrap() = Err(Rejection::Undecided("soon".into()));
+        *admission.recheck.lock() = Err(Rejection::Undecided("soon".into()));
         expire();
         assert!(connection.close_reason().is_none(), "the new verdict is pending");
-        *admission.recheck.lock().unwrap() = Err(Rejection::Denied("expired".into()));
+        *admission.recheck.lock() = Err(Rejection::Denied("expired".into()));
         expire();
         assert_closed_with(&connection, DONE, "the verdict has expired").await;
         handshake(&endpoint, provider.address()).await;

@@ -79,7 +79,7 @@ impl PartialBlob for TestPartial {
         self.chain.clone()
     }
     fn piece_map(&self) -> Bits {
-        self.piece_map.lock().unwrap().clone()
+        self.piece_map.lock().clone()
     }
     fn changes(&self) -> watch::Receiver<u64> {
         self.changes.clone()
@@ -102,7 +102,7 @@ pub(super) struct SinglePartial(Arc<Mutex<Option<TestPartial>>>);
 
 impl PartialBlobs for SinglePartial {
     fn partial(&self, digest: Digest) -> Option<Arc<dyn PartialBlob>> {
-        let partial = self.0.lock().unwrap().clone().filter(|partial| partial.chain.digest() == digest)?;
+        let partial = self.0.lock().clone().filter(|partial| partial.chain.digest() == digest)?;
         Some(Arc::new(partial))
     }
 }
@@ -122,14 +122,14 @@ impl PartialDownload {
     }
 
     pub(super) fn add_pieces(&self, pieces: impl IntoIterator<Item = usize>) {
-        pieces.into_iter().for_each(|piece| self.piece_map.lock().unwrap().set(piece));
+        pieces.into_iter().for_each(|piece| self.piece_map.lock().set(piece));
         self.changes.send_modify(|count| *count += 1);
     }
 }
 
 impl Drop for PartialDownload {
     fn drop(&mut self) {
-        self.partial.lock().unwrap().take();
+        self.partial.lock().take();
     }
 }
 

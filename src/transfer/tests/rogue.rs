@@ -30,7 +30,7 @@ impl Rogue {
         let task = tokio::spawn(async move {
             while let Some(incoming) = endpoint.accept().await {
                 let Ok(connection) = incoming.await else { continue };
-                seen.lock().unwrap().push(connection.clone());
+                seen.lock().push(connection.clone());
                 tokio::spawn(run_rogue_connection(connection, handler.clone()));
             }
         });

@@ -146,7 +146,7 @@ async fn an_idle_connection_is_closed_and_a_connection_in_use_is_not() {
         let outbound_connection = outbound.connection().unwrap();
         fetcher.transfer.0.peers.close_unused(Duration::ZERO);
         assert!(outbound_connection.close_reason().is_none());
-        let connection = rogue.connections.lock().unwrap()[0].clone();
+        let connection = rogue.connections.lock()[0].clone();
         drop(outbound_connection);
         fetcher.transfer.0.peers.close_unused(Duration::ZERO);
         let ended = connection.closed().await;

@@ -6,10 +6,11 @@
 mod verification;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use super::chain_prefixes::ChainPrefixes;
@@ -252,17 +253,17 @@ impl BlobDownload {
 
     /// Ends the download for followers. Nothing more is served from the download.
     pub(in crate::agent::recovery) fn close(&self) {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.changes.lock().take();
     }
 
     fn notify_followers(&self) {
-        if let Some(changes) = &*self.changes.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(changes) = &*self.changes.lock() {
             changes.send_modify(|changes| *changes += 1);
         }
     }
 
     fn state(&self) -> MutexGuard<'_, DownloadState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -291,7 +292,7 @@ impl PartialBlob for ServedDownload {
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
-        let changes = self.download.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let changes = self.download.changes.lock();
         changes.as_ref().map_or_else(|| watch::channel(0).1, watch::Sender::subscribe)
     }
 

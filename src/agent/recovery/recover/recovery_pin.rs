@@ -1,7 +1,9 @@
 //! The pin of one recovery, renewed for as long as the recovery runs.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::pin_term::PinTerm;
@@ -71,7 +73,7 @@ impl RecoveryPin {
     }
 
     fn term(&self) -> MutexGuard<'_, PinTerm> {
-        self.term.lock().unwrap_or_else(PoisonError::into_inner)
+        self.term.lock()
     }
 }
 

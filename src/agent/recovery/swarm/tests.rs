@@ -1,9 +1,10 @@
 //! Two senders of the same piece, and a hash chain that is replaced while pieces arrive.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use tokio::sync::{Notify, Semaphore};
