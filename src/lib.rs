@@ -18,6 +18,7 @@
 //! decide
 //! model
 //! oci
+//! util
 //! ```
 //!
 //! The modules of one floor share code through a floor below:
@@ -37,6 +38,7 @@ pub mod decide;
 pub mod model;
 pub mod oci;
 pub mod ports;
+pub mod util;
 pub mod wire;
 
 #[cfg(feature = "agent")]

@@ -35,7 +35,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use futures::StreamExt;
 use libp2p::core::transport::TransportError;
@@ -52,6 +52,7 @@ use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{Credential, InventoryChange, MeshStatus, NodeName, Peer, PeerId, Release, Zone};
 use crate::ports::Admission;
+use crate::util::clock;
 use crate::wire::{Request, Versions};
 pub use ranges::{RangeError, RangeResponse, RangeServer};
 pub use shared_inventory::SharedInventory;
@@ -261,7 +262,7 @@ async fn start_with_options(
     }
     let local_agent = LocalAgent { peer: identity.peer_id(), epoch: epoch(), node, release: release() };
     let crypto = GossipCrypto::new(identity.keypair(), admission);
-    let protocol = gossip::Protocol::new(local_agent, crypto, rand::random(), Instant::now());
+    let protocol = gossip::Protocol::new(local_agent, crypto, rand::random(), clock::now());
     let (sender, commands) = mpsc::channel(MAX_COMMANDS);
     let connected = ConnectedPeers::default();
     let task = MeshTask::new(swarm, connections, commands, protocol, inventory, metrics, options, connected.clone());
@@ -317,7 +318,7 @@ fn port_of(address: &Multiaddr) -> Option<(bool, u16)> {
 
 /// The epoch of this process: later starts have larger epochs, unless the clock went back.
 fn epoch() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let since = clock::unix_time();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 

@@ -28,7 +28,7 @@ mod upload_queue;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use quinn::{Endpoint, Incoming};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -52,6 +52,7 @@ use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
 use crate::oci::HashChain;
 use crate::ports::{Admission, AdmittedPeer, ContentStore, PartialBlobs, Rejection};
+use crate::util::clock::unix_time;
 use crate::wire::{Format, Hello, Versions};
 
 /// The transfer adapter. Clones are cheap and share one endpoint.
@@ -112,7 +113,7 @@ impl Transfer {
                 Ok(()) = credential_changes.changed() => shared.peers.retire_outbound(),
                 _ = sweep.tick() => {
                     shared.peers.close_unused(shared.timeouts.idle_connection);
-                    shared.close_expired(since_1970());
+                    shared.close_expired(unix_time());
                 }
             }
         }
@@ -136,7 +137,7 @@ impl Transfer {
     /// [`DialError`].
     pub async fn dial(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, DialError> {
         let address = canonical(address);
-        let known = self.0.peers.connected_at(address, since_1970());
+        let known = self.0.peers.connected_at(address, unix_time());
         if let Some(peer) = known.filter(|peer| expect.is_none_or(|expected| expected == peer.id)) {
             return Ok(peer);
         }
@@ -159,7 +160,7 @@ impl Transfer {
     /// [`quinn::ConnectError`] when no packet was sent.
     pub async fn probe(&self, address: SocketAddr) -> Result<bool, quinn::ConnectError> {
         let address = canonical(address);
-        if self.0.peers.connected_at(address, since_1970()).is_some() {
+        if self.0.peers.connected_at(address, unix_time()).is_some() {
             return Ok(true);
         }
         self.0.probe(address).await
@@ -185,7 +186,7 @@ impl Transfer {
 
     /// Remaining validity of our last verdict about the peer; zero without a verdict.
     pub fn admitted_for(&self, peer: PeerId) -> Duration {
-        self.0.peers.admitted_until(peer).saturating_sub(since_1970())
+        self.0.peers.admitted_until(peer).saturating_sub(unix_time())
     }
 
     /// This node's address, as an admitted peer last reported the address. The peer may be wrong.
@@ -248,10 +249,6 @@ fn canonical(address: SocketAddr) -> SocketAddr {
         }
         other => other,
     }
-}
-
-fn since_1970() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// The node name in a verified credential takes precedence over the name in `Hello`.

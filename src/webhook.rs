@@ -18,7 +18,7 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_lc_rs::hmac;
@@ -31,6 +31,7 @@ use url::Url;
 
 use crate::http::{self, Certificates, Request};
 use crate::ports::{Notification, Notifier, NotifyError};
+use crate::util::clock;
 
 /// Deadline of a message. Receivers should answer first and work later; a receiver that hangs must
 /// not block the caller's queue.
@@ -123,7 +124,7 @@ impl Webhook {
         let unavailable = |error: &dyn std::error::Error| NotifyError::Unavailable(error.to_string());
         let body = serde_json::to_vec(notification).map_err(|error| rejected(&error))?;
         let id = HeaderValue::from_str(&notification.id).map_err(|error| rejected(&error))?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = clock::unix_time().as_secs();
 
         let mut request = Request::new(Method::POST, &self.url, Certificates::Verified);
         request.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

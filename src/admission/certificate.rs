@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::RwLock;
@@ -25,6 +25,7 @@ use crate::credential::certificate::{
 };
 use crate::model::{Credential, PeerId};
 use crate::ports::{Admission, AdmittedPeer, Rejection};
+use crate::util::clock::unix_time;
 
 /// Interval of reading the files. The kubelet updates a mounted Secret only about once a minute.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(30);
@@ -111,7 +112,7 @@ impl CertificateAdmission {
     /// [`CertificateFilesError`]. Files that become unusable later change nothing until the last
     /// statement expires.
     pub fn open(files: CertificateFiles, peer: PeerId) -> Result<Self, CertificateFilesError> {
-        let signed = SignedCredential::sign(FileContents::read(&files)?, &files, peer, now())?;
+        let signed = SignedCredential::sign(FileContents::read(&files)?, &files, peer, unix_time())?;
         Ok(Self { peer, files, current: RwLock::new(Arc::new(signed)), renewals: watch::Sender::default() })
     }
 
@@ -119,7 +120,7 @@ impl CertificateAdmission {
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         while stop.run_until_cancelled(tokio::time::sleep(RELOAD_INTERVAL)).await.is_some() {
             let admission = self.clone();
-            match spawn_blocking(move || admission.reload(now())).await {
+            match spawn_blocking(move || admission.reload(unix_time())).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     tracing::warn!(%error, "the certificate files cannot be used; the previous credential stays")
@@ -149,7 +150,7 @@ impl CertificateAdmission {
 impl Admission for CertificateAdmission {
     async fn credential(&self) -> Result<Credential, Rejection> {
         let signed = self.signed_credential();
-        if now() > signed.issued + STATEMENT_LIFE {
+        if unix_time() > signed.issued + STATEMENT_LIFE {
             return Err(Rejection::Undecided(
                 "this agent's last statement has expired; check the certificate files".to_owned(),
             ));
@@ -166,7 +167,7 @@ impl Admission for CertificateAdmission {
     }
 
     fn admit_relayed(&self, peer: PeerId, credential: &Credential) -> Result<AdmittedPeer, Rejection> {
-        let verdict = verify(credential.expose(), peer, &self.signed_credential().authority, now());
+        let verdict = verify(credential.expose(), peer, &self.signed_credential().authority, unix_time());
         let valid_until = verdict.map_err(|rejection| Rejection::Denied(rejection.to_string()))?;
         Ok(AdmittedPeer { node: None, pod: None, valid_until, is_in_grace: false })
     }
@@ -227,10 +228,6 @@ fn at(path: &Path) -> impl Fn(io::Error) -> CertificateFilesError {
 
 fn malformed(path: &Path, reason: String) -> CertificateFilesError {
     CertificateFilesError::Malformed { path: path.to_owned(), reason }
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ mod verdict_cache;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -38,6 +38,7 @@ use crate::credential::token::{Claims, ClusterKeys, Expectations, MAX_LIFE, Toke
 use crate::metrics::Metrics;
 use crate::model::{Credential, PeerId};
 use crate::ports::{Admission, AdmittedPeer, Rejection};
+use crate::util::clock::unix_time;
 
 /// Lifetime of the cached keys. The agent fetches the keys as often as a token, so that a withdrawn
 /// key is dropped.
@@ -98,7 +99,9 @@ impl TokenAdmission {
         Self {
             keys: KeySource::new(api_server.clone(), stored.keys.take(), options.grace),
             verdicts: VerdictCache::new(stored.peers(), options.grace),
-            token: Mutex::new(stored.token.and_then(|stored| AgentToken::from_stored(stored, peer, &agent_pod, now()))),
+            token: Mutex::new(
+                stored.token.and_then(|stored| AgentToken::from_stored(stored, peer, &agent_pod, unix_time())),
+            ),
             api_server,
             agent_pod,
             peer,
@@ -184,7 +187,7 @@ impl TokenAdmission {
             let token = self.token.lock();
             token.as_ref().map(|token| token.to_stored(self.peer, &self.agent_pod))
         };
-        let contents = AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(now()));
+        let contents = AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(unix_time()));
         let stored = spawn_blocking(move || contents.store(&file).map_err(|error| (file, error))).await;
         if let Ok(Err((file, error))) = &stored {
             tracing::warn!(file = %file.display(), %error, "keys, token and verdicts cannot be stored for a restart; the agent retries");
@@ -194,7 +197,7 @@ impl TokenAdmission {
 
     /// Requests a token and returns its lifetime.
     async fn request_token(&self) -> Result<Duration, ApiError> {
-        let (sent, sent_at) = (Instant::now(), now());
+        let (sent, sent_at) = (Instant::now(), unix_time());
         let answer = self.api_server.send(REQUEST_TIMEOUT, token_request(&self.agent_pod, self.peer)).await?;
         let (token, life) = parse_granted(&answer)?;
         let token = AgentToken::new(token, sent, sent_at, life);
@@ -210,7 +213,7 @@ impl TokenAdmission {
         credential: &Credential,
         keys: &ClusterKeys,
     ) -> Result<Claims, TokenRejection> {
-        verify_ignoring_expiry(credential.expose(), peer, keys, &self.expectations, now())
+        verify_ignoring_expiry(credential.expose(), peer, keys, &self.expectations, unix_time())
     }
 
     /// Asks the API server for its verdict on a token with a valid signature. A rejection counts; a
@@ -236,7 +239,7 @@ impl TokenAdmission {
         match review_token(&self.api_server, peer, credential, &self.expectations.user()).await {
             Ok(passed) => {
                 self.metrics.token_reviewed(if passed { "passed" } else { "refused" });
-                self.verdicts.record_verified(peer, claims, now());
+                self.verdicts.record_verified(peer, claims, unix_time());
                 self.verdicts.record_review(peer, claims, passed);
                 if passed { Ok(()) } else { Err(rejected()) }
             }
@@ -328,7 +331,7 @@ impl Admission for TokenAdmission {
             }
             verified => verified,
         };
-        let (claims, now) = (verified.map_err(|rejection| Rejection::Denied(rejection.to_string()))?, now());
+        let (claims, now) = (verified.map_err(|rejection| Rejection::Denied(rejection.to_string()))?, unix_time());
         if claims.is_expired(now) {
             if self.is_in_grace(peer, &claims, now) && self.api_server.reachability() == Reachability::Unknown {
                 // The request finds out whether the API server answers; its result is not used.
@@ -352,7 +355,7 @@ impl Admission for TokenAdmission {
             }
             rejection => Rejection::Denied(rejection.to_string()),
         })?;
-        let now = now();
+        let now = unix_time();
         if claims.is_expired(now) {
             return self.admit_on_grace(peer, &claims, now);
         }
@@ -365,10 +368,6 @@ impl Admission for TokenAdmission {
 
 fn rejected() -> Rejection {
     Rejection::Denied("the API server does not accept the token".to_owned())
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Time until the renewal of a token: around 80 % of its lifetime, so that twelve minutes of an

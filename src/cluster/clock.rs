@@ -1,7 +1,7 @@
 //! The API server's clock: the `Date` header of an answer (RFC 9110, section 6.6.1). Go's HTTP
 //! server sets the header in each answer.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use hyper::Request;
 use hyper::header::{DATE, HeaderValue};
@@ -13,6 +13,7 @@ use tokio::time::{Instant, timeout};
 use crate::api_server::error::{ApiError, REQUEST_TIMEOUT};
 use crate::decide::clock_skew::ClockSample;
 use crate::ports::ClusterError;
+use crate::util::clock::unix_time;
 
 /// The smallest answer that every authenticated client may request. A cluster that forbids the
 /// request answers 403, with a date too.
@@ -22,19 +23,15 @@ pub(super) async fn sample_clock(client: &Client) -> Result<ClockSample, Cluster
     let to_cluster_error = |failure: ApiError| failure.into_cluster_error("the API server's version");
     let request = Request::get(VERSION_PATH).body(Body::empty());
     let request = request.map_err(|error| ClusterError::Other(error.to_string()))?;
-    let (sent, began) = (now(), Instant::now());
+    let (sent, began) = (unix_time(), Instant::now());
     let answer = timeout(REQUEST_TIMEOUT, client.send(request)).await;
-    let (took, received) = (began.elapsed(), now());
+    let (took, received) = (began.elapsed(), unix_time());
     let timed_out = |_| ApiError::Unavailable(format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()));
     let answer =
         answer.map_err(timed_out).and_then(|answer| answer.map_err(ApiError::from)).map_err(to_cluster_error)?;
     let date = answer.headers().get(DATE).and_then(parse_date);
     let date = date.ok_or_else(|| ClusterError::Other("the API server's answer has no date".to_owned()))?;
     Ok(ClockSample { sent, took, received, date })
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// The time since 1970.

@@ -6,18 +6,19 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
 use super::{Folder, PINS, io_error};
 use crate::oci::Digest;
 use crate::ports::{Pin, StoreError};
+use crate::util::clock::unix_time;
 
 impl Folder {
     pub(super) fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         let pin = Pin(format!("{:032x}", rand::random::<u128>()));
-        let until = since_epoch().saturating_add(life).as_secs();
+        let until = unix_time().saturating_add(life).as_secs();
         let path = self.path(PINS).join(&pin.0);
         // Under the lock: a collector that read an empty file would remove the pin as ended.
         let _folder_guard = self.lock();
@@ -40,7 +41,7 @@ impl Folder {
             _ => io_error(&path, &error),
         })?;
         let held = text.split_once('\n').map_or("", |(_, held)| held);
-        let until = since_epoch().saturating_add(life).as_secs();
+        let until = unix_time().saturating_add(life).as_secs();
         let staged = self.path(PINS).join(format!("{:032x}", rand::random::<u128>()));
         fs::write(&staged, format!("{until}\n{held}")).map_err(|error| io_error(&staged, &error))?;
         fs::rename(&staged, &path).map_err(|error| io_error(&path, &error))
@@ -76,7 +77,7 @@ impl Folder {
     /// Digests of all live pins. Removes ended pins.
     pub(super) fn pinned_digests(&self, _folder_guard: &MutexGuard<'_, ()>) -> Result<Vec<Digest>, StoreError> {
         let folder = self.path(PINS);
-        let now = since_epoch().as_secs();
+        let now = unix_time().as_secs();
         let mut digests = Vec::new();
         for entry in fs::read_dir(&folder).map_err(|error| io_error(&folder, &error))? {
             let path = entry.map_err(|error| io_error(&folder, &error))?.path();
@@ -97,9 +98,4 @@ impl Folder {
         let is_valid = pin.0.len() == 32 && pin.0.bytes().all(|byte| byte.is_ascii_hexdigit());
         is_valid.then(|| self.path(PINS).join(&pin.0))
     }
-}
-
-/// Wall-clock time, because pins outlive the process.
-fn since_epoch() -> Duration {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

@@ -2,13 +2,14 @@
 //! credentials.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use libp2p::identity::{Keypair, ed25519};
 
 use crate::decide::gossip::{CredentialRejection, CredentialVerifier, VerifiedCredential};
 use crate::model::{Credential, PeerId, Signature};
 use crate::ports::{Admission, Rejection};
+use crate::util::clock;
 
 /// Signs and verifies with ed25519 keys. The admission decides which keys belong to agents.
 pub(super) struct GossipCrypto {
@@ -38,7 +39,7 @@ impl CredentialVerifier for GossipCrypto {
         peer: PeerId,
         credential: &Credential,
     ) -> Result<VerifiedCredential, CredentialRejection> {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let now = clock::unix_time();
         verify_credential(self.admission.as_ref(), peer, credential, now)
     }
 }

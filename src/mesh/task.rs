@@ -31,6 +31,7 @@ use crate::decide::inventory::Inventory;
 use crate::identity::libp2p_peer_id;
 use crate::metrics::Metrics;
 use crate::model::{MeshStatus, Peer, PeerId};
+use crate::util::clock;
 use crate::wire::Versions;
 
 /// Events that wait for the agent. When the queue is full, libp2p waits too. All events are small.
@@ -134,7 +135,7 @@ impl MeshTask {
     }
 
     fn handle_command(&mut self, command: Command) {
-        let now = Instant::now();
+        let now = clock::now();
         match command {
             Command::Admit(peer, life) => {
                 self.with_inventory(|protocol, inventory| protocol.admit(peer, life, inventory, now))
@@ -165,7 +166,7 @@ impl MeshTask {
     }
 
     fn tick(&mut self) {
-        let now = Instant::now();
+        let now = clock::now();
         self.expire(now);
         self.ranges.expire(now);
         self.neighbors.evict_idle(now);
@@ -241,7 +242,7 @@ impl MeshTask {
             Ok(()) => drop(self.dials.insert(connection, peer.id)),
             Err(error) => {
                 debug!(peer = %peer.id, %error, "libp2p rejected a dial");
-                self.with_inventory(|protocol, inventory| protocol.dial_failed(peer.id, inventory, Instant::now()));
+                self.with_inventory(|protocol, inventory| protocol.dial_failed(peer.id, inventory, clock::now()));
             }
         }
     }

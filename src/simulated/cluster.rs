@@ -216,7 +216,7 @@ impl Cluster for MemoryCluster {
 
     async fn clock(&self) -> Result<ClockSample, ClusterError> {
         let ahead = self.available_state()?.clocks_ahead;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let now = crate::util::clock::unix_time();
         let date = now.as_secs().saturating_add_signed(-ahead);
         Ok(ClockSample { sent: now, took: Duration::ZERO, received: now, date: Duration::from_secs(date) })
     }

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Mutex, Notify, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use crate::decide::policy::{Budgets, Policy};
 use crate::decide::token_bucket::{CHUNK, TokenBucket, concurrent_transfers};
+use crate::util::clock;
 
 /// The policy in force; `None` where no policy can set a rate.
 pub(super) type PolicyReceiver = Option<watch::Receiver<Arc<Policy>>>;
@@ -42,7 +43,7 @@ impl RateLimiter {
         Self {
             policy,
             rate_of,
-            bucket: Mutex::new(TokenBucket::new(rate, Instant::now().into_std())),
+            bucket: Mutex::new(TokenBucket::new(rate, clock::now())),
             permit_queue: Mutex::default(),
             permits: TransferPermits::default(),
         }
@@ -73,7 +74,7 @@ impl RateLimiter {
         loop {
             // Marked before the policy is read: a later change wakes the wait.
             policy.iter_mut().for_each(watch::Receiver::mark_unchanged);
-            let now = Instant::now().into_std();
+            let now = clock::now();
             bucket.set_rate(self.rate(), now);
             let Err(wait) = bucket.take(bytes, now) else { return };
             tokio::select! {
@@ -136,6 +137,7 @@ mod tests {
     use std::time::Duration;
 
     use futures::future::join_all;
+    use tokio::time::Instant;
 
     use super::*;
     use crate::decide::token_bucket::MIN_RATE;

@@ -88,7 +88,11 @@ async fn an_agent_with_a_certificate_of_the_authority_is_admitted_by_its_own_key
     let ((_one, a), (_other, b)) = (agent(&authority, 1), agent(&authority, 2));
     let credential = a.credential().await.unwrap();
     let admitted = b.admit(peer(1), &credential).await.unwrap();
-    assert!(admitted.valid_until > now() && admitted.valid_until <= now() + STATEMENT_LIFE && !admitted.is_in_grace);
+    assert!(
+        admitted.valid_until > unix_time()
+            && admitted.valid_until <= unix_time() + STATEMENT_LIFE
+            && !admitted.is_in_grace
+    );
     assert_eq!(b.admit_relayed(peer(1), &credential), Ok(admitted));
     assert_eq!(
         b.admit_relayed(peer(3), &credential),
@@ -170,7 +174,7 @@ fn a_malformed_credential_is_rejected() {
     let authority = Issuer::root();
     let (_folder, agent) = agent(&authority, 1);
     let good = agent.signed_credential().credential.expose().to_owned();
-    let check = |text: &str| verify(text, peer(1), &agent.signed_credential().authority, now());
+    let check = |text: &str| verify(text, peer(1), &agent.signed_credential().authority, unix_time());
     assert_eq!(check(""), Err(CertificateRejection::Absent));
     assert_eq!(check(&"a".repeat(MAX_BYTES + 1)), Err(CertificateRejection::TooLong));
     for garbage in [
@@ -212,19 +216,19 @@ async fn a_replaced_certificate_is_used_and_a_wrong_certificate_is_not() {
     let authority = Issuer::root();
     let (folder, agent) = agent(&authority, 1);
     let (first, changes) = (agent.credential().await.unwrap(), agent.credential_changes());
-    agent.reload(now()).unwrap();
+    agent.reload(unix_time()).unwrap();
     assert!(!changes.has_changed().unwrap(), "the files are unchanged");
     let key = KeyPair::generate().unwrap();
     write(&folder.path().join("tls.key"), &key.serialize_pem());
     assert!(
-        matches!(agent.reload(now()), Err(CertificateFilesError::Rejected(CertificateRejection::Signature))),
+        matches!(agent.reload(unix_time()), Err(CertificateFilesError::Rejected(CertificateRejection::Signature))),
         "the key is new and the certificate old"
     );
     assert!(!changes.has_changed().unwrap() && agent.credential().await.unwrap() == first);
     write(&folder.path().join("tls.crt"), &authority.issue(for_name("lighterman"), &key));
-    agent.reload(now()).unwrap();
+    agent.reload(unix_time()).unwrap();
     assert!(changes.has_changed().unwrap() && agent.credential().await.unwrap() != first);
     let second = agent.credential().await.unwrap();
-    agent.reload(now() + RESIGN_AFTER).unwrap();
+    agent.reload(unix_time() + RESIGN_AFTER).unwrap();
     assert_ne!(agent.credential().await.unwrap(), second, "the statement is renewed in time");
 }

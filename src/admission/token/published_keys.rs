@@ -2,7 +2,7 @@
 //! down.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use jsonwebtoken::jwk::Jwk;
 use kube::api::GetParams;
@@ -16,6 +16,7 @@ use super::admission_file::{PublishedKeys, StoredKeys};
 use crate::api_server::client::ApiServerClient;
 use crate::api_server::error::{ApiError, REQUEST_TIMEOUT};
 use crate::credential::token::{ClusterKey, ClusterKeys, MAX_LIFE};
+use crate::util::clock::unix_time;
 
 /// Shortest time between two requests for the keys. A token with an unknown key starts a request,
 /// and any unauthenticated connection can send such a token.
@@ -49,10 +50,11 @@ impl KeySource {
     pub(super) fn new(server: Arc<ApiServerClient>, stored: Option<StoredKeys>, grace: Duration) -> Self {
         // A time in the future comes from a clock that was wrong. Such keys count as fetched now,
         // and expire like other keys.
-        let is_usable = |stored: &StoredKeys| Duration::from_secs(stored.at).saturating_add(MAX_LIFE + grace) > now();
+        let is_usable =
+            |stored: &StoredKeys| Duration::from_secs(stored.at).saturating_add(MAX_LIFE + grace) > unix_time();
         let cached_keys = stored.filter(is_usable).and_then(|StoredKeys { published, at }| {
             let keys = Arc::new(parse(&published.discovery, &published.jwks).ok()?);
-            Some(CachedKeys { keys, published, fetched_at: Duration::from_secs(at).min(now()) })
+            Some(CachedKeys { keys, published, fetched_at: Duration::from_secs(at).min(unix_time()) })
         });
         Self {
             api_server: server,
@@ -116,16 +118,12 @@ impl KeySource {
         let discovery = get("/.well-known", "openid-configuration").await?;
         let jwks = get("/openid/v1", "jwks").await?;
         let keys = Arc::new(parse(&discovery, &jwks)?);
-        Ok(CachedKeys { keys, published: PublishedKeys { discovery, jwks }, fetched_at: now() })
+        Ok(CachedKeys { keys, published: PublishedKeys { discovery, jwks }, fetched_at: unix_time() })
     }
 
     fn lock(&self) -> parking_lot::MutexGuard<'_, Option<CachedKeys>> {
         self.cached.lock()
     }
-}
-
-fn now() -> Duration {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
 fn parse(discovery: &str, jwks: &str) -> Result<ClusterKeys, String> {

@@ -95,7 +95,7 @@ fn credential() -> Credential {
 /// A token with a valid signature that expires `seconds` from now; a negative number is an expired
 /// token.
 fn credential_expiring_in(seconds: i64) -> Credential {
-    let expires = now().as_secs().strict_add_signed(seconds);
+    let expires = unix_time().as_secs().strict_add_signed(seconds);
     let mut claims = good_claims();
     for (claim, time) in [("iat", expires - 3600), ("nbf", expires - 3600), ("exp", expires)] {
         claims[claim] = time.into();
@@ -200,9 +200,9 @@ async fn a_pods_token_is_reviewed_once_and_a_rejection_counts() {
     fake.rejects_tokens.store(true, Ordering::Relaxed);
     let mut claims = good_claims();
     claims["kubernetes.io"]["pod"]["uid"] = "p-2".into();
-    claims["exp"] = (now().as_secs() + 3599).into();
-    claims["iat"] = now().as_secs().into();
-    claims["nbf"] = now().as_secs().into();
+    claims["exp"] = (unix_time().as_secs() + 3599).into();
+    claims["iat"] = unix_time().as_secs().into();
+    claims["nbf"] = unix_time().as_secs().into();
     let stolen = Credential::new(sign(&claims));
     agent.admit_relayed(peer(), &stolen).unwrap();
     for _ in 0..3 {
@@ -263,7 +263,7 @@ async fn an_expired_token_of_a_verified_peer_is_accepted_only_while_the_api_serv
 
     server.shutdown().await;
     let admitted = with_history.admit(peer(), &expired).await.unwrap();
-    assert!(admitted.is_in_grace && admitted.valid_until <= now() + GRACE_VERDICT_TTL);
+    assert!(admitted.is_in_grace && admitted.valid_until <= unix_time() + GRACE_VERDICT_TTL);
     assert!(with_history.admit_relayed(peer(), &expired).unwrap().is_in_grace);
     let too_old = credential_expiring_in(-24 * 3600 - 1);
     assert!(rejection_text(with_history.admit(peer(), &too_old).await).contains("expired"));

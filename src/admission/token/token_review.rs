@@ -8,12 +8,12 @@ use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use kube::api::PostParams;
 use kube::core::Request;
 use parking_lot::Mutex;
-use tokio::time::Instant;
 
 use crate::api_server::client::ApiServerClient;
 use crate::api_server::error::ApiError;
 use crate::decide::review_budget::ReviewBudget;
 use crate::model::{Credential, PeerId};
+use crate::util::clock;
 
 /// Timeout of a review. Without an answer in this time the verdict of the signature counts. A
 /// handshake has 5 s in all.
@@ -23,12 +23,12 @@ pub(super) struct SharedReviewBudget(Mutex<ReviewBudget>);
 
 impl SharedReviewBudget {
     pub(super) fn full() -> Self {
-        Self(Mutex::new(ReviewBudget::full(Instant::now().into_std())))
+        Self(Mutex::new(ReviewBudget::full(clock::now())))
     }
 
     /// Takes one review of the budget, in a cluster of `agents` agents; `false` when none is left.
     pub(super) fn try_take(&self, agents: usize) -> bool {
-        self.0.lock().try_take(agents, Instant::now().into_std())
+        self.0.lock().try_take(agents, clock::now())
     }
 }
 

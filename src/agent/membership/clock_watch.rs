@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::decide::clock_skew::{ClockChange, ClockSkew, LEEWAY};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::ports::{ClockStatus, Cluster, NodeReport, NodeReportKind};
+use crate::util::clock;
 
 /// Attempts for one Event, one at each comparison: an hour and a half or more.
 const REPORT_TRIES: u32 = 20;
@@ -31,10 +31,10 @@ pub struct ClockWatch {
 impl ClockWatch {
     /// Runs until stopped.
     pub async fn run(self, stop: CancellationToken) {
-        let mut skew = ClockSkew::new(Instant::now().into_std(), rand::random());
+        let mut skew = ClockSkew::new(clock::now(), rand::random());
         let mut pending_report = None;
         loop {
-            let due = sleep_until(skew.due().into());
+            let due = clock::sleep_until(Some(skew.due()));
             if stop.run_until_cancelled(due).await.is_none() {
                 return;
             }
@@ -50,10 +50,10 @@ impl ClockWatch {
             Ok(sample) => sample,
             Err(error) => {
                 tracing::debug!(%error, "cannot read the API server's clock");
-                return skew.record_failure(Instant::now().into_std(), rand::random());
+                return skew.record_failure(clock::now(), rand::random());
             }
         };
-        let change = skew.record_sample(&sample, Instant::now().into_std(), rand::random());
+        let change = skew.record_sample(&sample, clock::now(), rand::random());
         self.publish(skew, sample.received);
         match change {
             Some(ClockChange::Skewed(seconds)) => *pending_report = Some((self.report_skew(seconds), 0)),

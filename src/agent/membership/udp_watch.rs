@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use rand::seq::IndexedRandom;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::peers::inventory_view::PeerInventory;
@@ -18,6 +18,7 @@ use crate::decide::udp_path::{UdpPath, UdpProbe};
 use crate::metrics::Metrics;
 use crate::ports::{MeshSource, UdpStatus};
 use crate::transfer::Transfer;
+use crate::util::clock;
 
 /// A TCP connection to a node of the same cluster is open within milliseconds.
 const TCP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -48,9 +49,9 @@ struct ProbeTarget {
 impl UdpWatch {
     /// Runs until stopped.
     pub async fn run(self, stop: CancellationToken) {
-        let mut path = UdpPath::new(Instant::now().into_std(), rand::random());
+        let mut path = UdpPath::new(clock::now(), rand::random());
         loop {
-            let due = sleep_until(path.due().into());
+            let due = clock::sleep_until(Some(path.due()));
             if stop.run_until_cancelled(due).await.is_none() {
                 return;
             }
@@ -67,17 +68,17 @@ impl UdpWatch {
         let preferred = path.prefer(&over_udp);
         let chosen = preferred.choose(&mut rand::rng());
         let Some(target) = chosen.and_then(|udp| targets.iter().find(|target| target.udp == *udp)) else {
-            return path.record_skipped_probe(Instant::now().into_std(), rand::random());
+            return path.record_skipped_probe(clock::now(), rand::random());
         };
         let probe = match self.transfer.probe(target.udp).await {
             Ok(true) => UdpProbe::Answered,
             Ok(false) => UdpProbe::Silent { tcp: is_open(target.tcp).await },
             Err(error) => {
                 tracing::debug!(address = %target.udp, %error, "cannot be probed");
-                return path.record_skipped_probe(Instant::now().into_std(), rand::random());
+                return path.record_skipped_probe(clock::now(), rand::random());
             }
         };
-        path.record_probe(target.udp, probe, targets.len(), Instant::now().into_std(), rand::random());
+        path.record_probe(target.udp, probe, targets.len(), clock::now(), rand::random());
     }
 
     /// The neighbors, or without any the addresses of the last look-up. Both lists have a few

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ use crate::config::policy_file::{MAX_BYTES, PolicyOverrides};
 use crate::decide::policy::Policy;
 use crate::metrics::Metrics;
 use crate::ports::PolicyFileStatus;
+use crate::util::clock;
 
 /// Short against the minute in which the kubelet brings a changed ConfigMap to the node.
 const PERIOD: Duration = Duration::from_secs(2);
@@ -121,7 +122,7 @@ impl PolicyWatch {
             *policy = Arc::new(new_policy);
             is_changed
         });
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = clock::unix_time().as_secs();
         let sets = overrides.settings().into_iter().map(|(name, value)| format!("{name}: {value}")).collect();
         self.status.send_modify(|status| {
             *status = PolicyFileStatus {

@@ -18,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::model::{NodeName, PeerId, PodRef};
 use crate::oci::{Digest, Reference};
 use crate::ports::{ClaimError, Claims, MAX_PODS, Notification, Notifier, PodReportKind};
+use crate::util::clock::sleep_until;
 
 /// Messages that wait to be sent. Further messages are dropped and counted. A node recovers a few
 /// images at a time.
@@ -258,13 +259,6 @@ impl NotificationSender {
 
 fn is_recent(renewed: Option<SystemTime>, now: SystemTime) -> bool {
     renewed.is_some_and(|at| now.duration_since(at).is_ok_and(|age| age < DEDUPLICATION_WINDOW))
-}
-
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// The digest for a claim on the message: of outcome, image and image digest.

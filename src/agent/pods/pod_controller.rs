@@ -46,6 +46,7 @@ use crate::metrics::Metrics;
 use crate::model::PodRef;
 use crate::oci::{Digest, Reference};
 use crate::ports::{Cluster, ClusterError, KubeletEvent, PodEvent, PullConnections};
+use crate::util::clock::{now, sleep_until};
 
 /// Interval of the work that time alone starts: probes of registries, reads of the kubelet's
 /// Events, and deletions.
@@ -331,17 +332,5 @@ impl PodController {
         self.is_measuring_disks = true;
         let recoverer = Arc::clone(&self.recoverer);
         self.work.spawn(async move { WorkResult::DisksMeasured(recoverer.take_freed_space().await) });
-    }
-}
-
-/// The clock of [`sleep_until`], which tests pause.
-fn now() -> Instant {
-    tokio::time::Instant::now().into_std()
-}
-
-async fn sleep_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
-        None => std::future::pending().await,
     }
 }

@@ -27,6 +27,7 @@ use crate::oci::{BlobProof, Descriptor, Digest, Document, DocumentError, MAX_DOC
 use crate::ports::{
     BlobMetadata, BlobSink, Child, ChildKind, ContentStore, FetchError, Fetcher, Pin, StagedBlob, StoreError,
 };
+use crate::util::clock::{now, sleep_until};
 
 /// Most rounds over the providers of one document. Only busy peers and new peers get another round.
 /// With the waits between rounds this is half a minute; then the recovery's own back-off takes
@@ -267,7 +268,7 @@ impl BlobFetcher {
             remaining.map(|peer| faults.busy_until(peer, now).unwrap_or(now)).min()
         };
         let Some(retry_at) = retry_at else { return false };
-        tokio::time::sleep_until(retry_at.into()).await;
+        sleep_until(Some(retry_at)).await;
         true
     }
 
@@ -308,11 +309,6 @@ fn fault_of(error: &FetchError) -> Option<PeerFault> {
         FetchError::StoreFailed { .. } => Some(PeerFault::StoreFailed),
         _ => None,
     }
-}
-
-/// The clock that tests pause.
-fn now() -> Instant {
-    tokio::time::Instant::now().into_std()
 }
 
 /// The failed attempts for one blob.

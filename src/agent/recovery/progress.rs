@@ -11,6 +11,7 @@ use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::decide::plan::FetchPlan;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
+use crate::util::clock;
 
 /// Progress of one recovery, blob by blob.
 #[derive(Debug, Default)]
@@ -109,7 +110,7 @@ impl Progress {
     /// Replaces the number of bytes that have arrived, and adds their senders.
     pub(in crate::agent) fn update_blob(&self, digest: Digest, done: u64, from: impl Iterator<Item = PeerId>) {
         if done > 0 {
-            self.lock().first_byte.get_or_insert_with(Instant::now);
+            self.lock().first_byte.get_or_insert_with(clock::now);
         }
         self.update(digest, |blob| {
             blob.done = done;

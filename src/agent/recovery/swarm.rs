@@ -34,6 +34,7 @@ use crate::decide::piece_picker::{FollowChange, MAX_IN_FLIGHT, PiecePicker, Piec
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::ports::{FetchError, Pin};
+use crate::util::clock::{now, sleep_until};
 
 /// Abort the recovery when a blob made no progress for this long and no request is in flight. The
 /// back-off of the queue follows, and the retry reuses the staged pieces. Equal to the longest wait
@@ -63,11 +64,6 @@ impl SwarmShared {
     fn picker(&self) -> MutexGuard<'_, PiecePicker> {
         self.picker.lock()
     }
-}
-
-/// The clock that tests pause.
-fn now() -> Instant {
-    tokio::time::Instant::now().into_std()
 }
 
 /// The image that the blobs belong to, and the recipients of progress.
@@ -221,7 +217,7 @@ impl<'a> Swarm<'a> {
                 },
                 () = self.shared.piece_received.notified() => self.advance_all(),
                 Ok(()) = inventory_changes.changed() => self.refresh_within(REFRESH_DELAY),
-                () = sleep_until_some(wake_at) => if self.refresh_at.is_some_and(|at| at <= now()) {
+                () = sleep_until(wake_at) => if self.refresh_at.is_some_and(|at| at <= now()) {
                     self.refresh_at = None;
                     self.refresh_providers();
                 },
@@ -376,13 +372,5 @@ impl Drop for Swarm<'_> {
                 self.blob_fetcher.downloads.remove(download);
             }
         }
-    }
-}
-
-/// Sleeps until the moment; forever without one.
-async fn sleep_until_some(deadline: Option<Instant>) {
-    match deadline {
-        Some(moment) => tokio::time::sleep_until(moment.into()).await,
-        None => std::future::pending().await,
     }
 }

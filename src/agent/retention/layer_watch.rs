@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::decide::layer_notice::{LayerCounts, LayerNotice, LayerReport, event_text};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
 use crate::ports::{Cluster, ImagesStatus, NodeReport, NodeReportKind, RetentionStatus};
+use crate::util::clock;
 
 /// Attempts for one Event, [`RETRY_DELAY`] apart: an hour, after which the API server would have
 /// deleted the Event.
@@ -42,7 +42,7 @@ impl LayerWatch {
         let mut notice = LayerNotice::default();
         while let Some(Ok(())) = stop.run_until_cancelled(self.retained.changed()).await {
             let Some(layers) = self.layers() else { continue };
-            match notice.observe(layers, Instant::now().into_std()) {
+            match notice.observe(layers, clock::now()) {
                 None => {}
                 Some(LayerReport::Complete(LayerCounts { expected: wanted, lacking })) => {
                     tracing::info!(lacking, wanted, "most wanted images have all layers again");

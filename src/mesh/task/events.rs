@@ -8,10 +8,11 @@ use tracing::{debug, error, warn};
 use super::MeshTask;
 use crate::identity::peer_id_of;
 use crate::mesh::stack::BehaviourEvent;
+use crate::util::clock;
 
 impl MeshTask {
     pub(super) fn handle_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
-        let now = Instant::now();
+        let now = clock::now();
         match event {
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, .. } => {
                 self.connection_opened(&peer_id, connection_id, now);
@@ -57,7 +58,7 @@ impl MeshTask {
     pub(super) fn connection_ended(&mut self, connection: ConnectionId) {
         if let Some((link, peer)) = self.links.remove(&connection) {
             self.connected.set(peer, self.links.values().any(|(_, owner)| *owner == peer));
-            self.protocol.connection_closed(link, peer, Instant::now());
+            self.protocol.connection_closed(link, peer, clock::now());
         }
     }
 

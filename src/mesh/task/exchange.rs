@@ -13,6 +13,7 @@ use crate::identity::{libp2p_peer_id, peer_id_of};
 use crate::mesh::codec::wire_error;
 use crate::mesh::stack::{SYNC_TIMEOUT, topic};
 use crate::model::{Gossip, MAX_MEMBERS, PeerId, SyncReply, SyncRequest};
+use crate::util::clock;
 use crate::wire::{self, Format, WireError};
 
 /// A sync request in flight.
@@ -139,7 +140,7 @@ impl MeshTask {
 
     /// Sends a sync request to a neighbor.
     pub(super) fn send_sync_request(&mut self, sync_request_id: SyncRequestId, peer: PeerId, request: &SyncRequest) {
-        let now = Instant::now();
+        let now = clock::now();
         let to = libp2p_peer_id(peer);
         let is_connected = self.links.values().any(|(_, owner)| *owner == peer);
         let encoded = wire::encode_in(request, self.versions.current());

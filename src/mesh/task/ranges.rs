@@ -18,6 +18,7 @@ use crate::mesh::codec::wire_error;
 use crate::mesh::ranges::{RangeError, RangeResponse, RangeServer};
 use crate::mesh::stack::{MAX_SERVED_RANGES, RANGE_TIMEOUT};
 use crate::model::PeerId;
+use crate::util::clock;
 use crate::wire::{self, Answer, Request, WireError};
 
 /// The open requests.
@@ -111,7 +112,7 @@ impl MeshTask {
         };
         let id = self.swarm.behaviour_mut().ranges.send_request(&libp2p_peer_id(peer), encoded);
         // A little longer than libp2p's own timeout.
-        let deadline = Instant::now() + RANGE_TIMEOUT + RANGE_TIMEOUT / 5;
+        let deadline = clock::now() + RANGE_TIMEOUT + RANGE_TIMEOUT / 5;
         self.ranges.pending.insert(id, PendingRange { answer, deadline });
     }
 

@@ -9,12 +9,13 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::files::{read_versioned, write_private};
 use crate::model::{NodeName, Peer, PeerId, Release, Zone};
+use crate::util::clock;
 
 /// Peers in the file. One answer is enough: when nine of ten nodes are gone, 25 are left.
 pub(super) const MAX_PEERS: usize = 256;
@@ -199,7 +200,7 @@ fn decode(text: &[u8], now: u64) -> Result<Vec<KnownPeer>, String> {
 
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+    clock::unix_time().as_secs()
 }
 
 /// A PeerId in its usual text form.

@@ -10,6 +10,7 @@ use super::dial_queue::{DialQueue, MAX_HINTS};
 use super::membership_log::MembershipLog;
 use crate::decide::dns_schedule::{self, DnsSchedule};
 use crate::model::{MAX_MEMBERS, MeshStatus, PeerId, Release};
+use crate::util::clock;
 
 /// State of the joiner between two rounds.
 pub(super) struct JoinState {
@@ -46,7 +47,7 @@ impl JoinState {
             peers_by_address: BTreeMap::new(),
             logged_failures: BTreeMap::new(),
             last_seen: BTreeMap::new(),
-            lookup_schedule: DnsSchedule::new(Instant::now().into_std()),
+            lookup_schedule: DnsSchedule::new(clock::now()),
             is_overflow_logged: false,
             bootstrap_addresses: Vec::new(),
         }

@@ -1,7 +1,7 @@
 //! The pin of one recovery, renewed for as long as the recovery runs.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -9,6 +9,7 @@ use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::pin_term::PinTerm;
 use crate::oci::Reference;
 use crate::ports::{ContentStore, Pin};
+use crate::util::clock::{now, sleep_until};
 
 /// Life of the pin if this agent dies. An agent that starts again within the hour finds the content
 /// of the last attempt. On a node without an agent, the collector removes the content after the
@@ -51,7 +52,7 @@ impl RecoveryPin {
     async fn renew(&self, reference: &Reference) -> std::convert::Infallible {
         loop {
             let due = self.term().due();
-            tokio::time::sleep_until(due.into()).await;
+            sleep_until(Some(due)).await;
             let began = now();
             let Err(error) = self.store.renew(&self.pin, PIN_LIFE).await else {
                 self.term().record_renewal(began);
@@ -75,11 +76,6 @@ impl RecoveryPin {
     fn term(&self) -> MutexGuard<'_, PinTerm> {
         self.term.lock()
     }
-}
-
-/// The clock that tests pause.
-fn now() -> Instant {
-    tokio::time::Instant::now().into_std()
 }
 
 #[cfg(test)]

@@ -8,7 +8,6 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 use super::Retainer;
 use super::missing_layers::MissingLayers;
@@ -25,6 +24,7 @@ use crate::decide::retain::{self, RetainOptions};
 use crate::metrics::Metrics;
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::ports::{ImportPermission, Pin, StoreError};
+use crate::util::clock::now;
 
 /// The image to fetch next, and the source.
 pub(super) struct FillJob {
@@ -194,11 +194,6 @@ impl Retainer {
         }
         applied
     }
-}
-
-/// The clock that tests pause.
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
 }
 
 fn total_bytes(layers: &BTreeMap<Digest, u64>) -> u64 {

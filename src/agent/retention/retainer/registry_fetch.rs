@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 
 use super::missing_layers::MissingLayers;
 use crate::agent::recovery::recover::Recoverer;
@@ -18,6 +18,7 @@ use crate::decide::token_bucket::{CHUNK, TokenBucket};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Repository};
 use crate::ports::{BlobMetadata, BlobSink, Pin, PullSecret, RegistryFetchError, StagedBlob, StoreError};
+use crate::util::clock;
 
 /// Fetches the layers of one image.
 pub(super) struct RegistryFetch<'a> {
@@ -40,7 +41,7 @@ impl<'a> RegistryFetch<'a> {
         rate: u64,
         metrics: Metrics,
     ) -> Self {
-        let bucket = TokenBucket::new(rate, Instant::now().into_std());
+        let bucket = TokenBucket::new(rate, clock::now());
         Self { recoverer, image, pin, reservation, rate, bucket, metrics }
     }
 
@@ -117,7 +118,7 @@ impl<'a> RegistryFetch<'a> {
         while remaining > 0 {
             let limits = [self.rate, self.recoverer.policy.borrow().budgets.max_download_rate];
             let rate = limits.into_iter().filter(|rate| *rate > 0).min().unwrap_or(0);
-            let (now, chunk) = (Instant::now().into_std(), remaining.min(CHUNK));
+            let (now, chunk) = (clock::now(), remaining.min(CHUNK));
             self.bucket.set_rate(rate, now);
             match self.bucket.take(chunk, now) {
                 Ok(()) => remaining -= chunk,

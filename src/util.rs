@@ -1,0 +1,3 @@
+//! General tools without words of this project. Each tool exists once.
+
+pub mod clock;
