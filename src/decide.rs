@@ -2,6 +2,7 @@
 //! are exact and simulations run this same code.
 
 pub mod allowed_repositories;
+pub mod byte_bucket;
 pub mod cause;
 pub mod claim;
 pub mod clock_skew;
@@ -34,7 +35,6 @@ pub mod shared_key;
 pub mod stalled_connections;
 pub mod subnet;
 pub mod tag;
-pub mod token_bucket;
 pub mod transport_choice;
 pub mod udp_path;
 pub mod upload_slots;

@@ -25,7 +25,7 @@
 mod codec;
 mod gossip_crypto;
 mod metered_stream;
-mod neighbor_budget;
+mod neighbor_rates;
 mod ranges;
 mod shared_inventory;
 mod stack;
@@ -46,7 +46,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
 use self::gossip_crypto::GossipCrypto;
-use self::neighbor_budget::NeighborRateLimits;
+use self::neighbor_rates::NeighborRateLimits;
 use crate::decide::gossip::{self, LocalAgent};
 use crate::identity::Identity;
 use crate::metrics::Metrics;

@@ -1,3 +1,4 @@
 //! General tools without words of this project. Each tool exists once.
 
 pub mod clock;
+pub mod token_bucket;

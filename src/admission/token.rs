@@ -107,7 +107,7 @@ impl TokenAdmission {
             peer,
             expectations,
             options,
-            budget: SharedReviewBudget::full(),
+            budget: SharedReviewBudget::default(),
             renewals: watch::Sender::default(),
             unsaved: Notify::new(),
             review_forbidden_logged: AtomicBool::new(false),

@@ -5,7 +5,7 @@
 //! recorder writes events.k8s.io/v1, has no rate limit, and has a cache without a bound.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -14,12 +14,13 @@ use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::time::Instant;
 
 use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call, truncate};
 use crate::model::{NodeName, PodRef};
 use crate::oci::Digest;
 use crate::ports::{ClusterError, PodReport, PodReportKind};
+use crate::util::clock;
+use crate::util::token_bucket::{Rate, TokenBucket};
 
 /// A repetition of the same note on the same pod within this time raises the count of the first
 /// Event. Kubernetes' own recorders use ten minutes too. The API server deletes Events after an
@@ -38,11 +39,10 @@ pub(super) const MAX_NAME: usize = 253;
 /// a new Event.
 const MAX_RECORDED_EVENTS: usize = 512;
 
-/// Events in a burst, and then one in each [`REFILL_INTERVAL`]: a hundredth of a kubelet's rate
+/// Events in a burst, and then one in each period: a hundredth of a kubelet's rate
 /// (`eventRecordQPS` 50). In an outage, all 110 pods of a node get their Event within 200 s, and a
 /// thousand such nodes write 500 Events per second.
-const BURST: u32 = 10;
-const REFILL_INTERVAL: Duration = Duration::from_secs(2);
+const EVENT_RATE: Rate = Rate { burst: 10, tokens: 1, period: Duration::from_secs(2) };
 
 pub(super) const COMPONENT: &str = "lighterman";
 
@@ -54,7 +54,7 @@ pub(super) struct EventRecorder {
 
 impl EventRecorder {
     pub(super) fn new(client: Client, node: NodeName) -> Self {
-        Self { client, node, correlator: Mutex::new(EventCorrelator::new(Instant::now())) }
+        Self { client, node, correlator: Mutex::default() }
     }
 
     /// Writes or counts the Event. `uid` is the kubelet's UID of the pod.
@@ -63,11 +63,11 @@ impl EventRecorder {
         let key = EventKey { pod_uid: pod.uid.clone(), kind: report.kind, note: Digest::of(note.as_bytes()) };
         let timestamp = Timestamp::now();
         let name = event_name(&pod.name, timestamp);
-        let decision = self.correlator().record(key.clone(), name, Instant::now());
+        let decision = self.correlator().record(key.clone(), name, clock::now());
         let written = match decision {
             EventDecision::CountOnly => return Ok(()),
             EventDecision::RateLimited => {
-                let rate = format!("one in {} s", REFILL_INTERVAL.as_secs());
+                let rate = format!("one in {} s", EVENT_RATE.period.as_secs());
                 return Err(ClusterError::Unavailable(format!(
                     "the agent's own rate limiter delays the Event ({rate})"
                 )));
@@ -142,10 +142,10 @@ pub(super) fn event_name(pod: &str, now: Timestamp) -> String {
 }
 
 /// The recent Events and the rate limiter for new Events. Pure: `now` is an argument.
+#[derive(Default)]
 struct EventCorrelator {
     recorded: HashMap<EventKey, RecordedEvent>,
-    tokens: u32,
-    refilled_at: Instant,
+    bucket: TokenBucket,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -175,12 +175,8 @@ enum EventDecision {
 }
 
 impl EventCorrelator {
-    fn new(now: Instant) -> Self {
-        Self { recorded: HashMap::new(), tokens: BURST, refilled_at: now }
-    }
-
     fn record(&mut self, key: EventKey, name: String, now: Instant) -> EventDecision {
-        let may_write = self.take_token(now);
+        let may_write = self.bucket.try_take(1, EVENT_RATE, now);
         if let Some(event) = self.recorded.get_mut(&key).filter(|event| now.duration_since(event.last) < DEDUP_WINDOW) {
             event.count = event.count.saturating_add(1);
             event.last = now;
@@ -205,19 +201,6 @@ impl EventCorrelator {
     fn forget(&mut self, key: &EventKey) {
         self.recorded.remove(key);
     }
-
-    fn take_token(&mut self, now: Instant) -> bool {
-        while self.tokens < BURST && now.duration_since(self.refilled_at) >= REFILL_INTERVAL {
-            self.tokens += 1;
-            self.refilled_at += REFILL_INTERVAL;
-        }
-        if self.tokens == BURST {
-            self.refilled_at = now;
-        }
-        let may_write = self.tokens > 0;
-        self.tokens = self.tokens.saturating_sub(1);
-        may_write
-    }
 }
 
 #[cfg(test)]
@@ -235,7 +218,7 @@ mod tests {
     #[test]
     fn repetitions_are_counted_on_the_first_event() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::new(start);
+        let mut correlator = EventCorrelator::default();
         let mut record = |note, name: &str, after| correlator.record(key(1, note), name.into(), start + after);
         assert_eq!(record("none", "a", Duration::ZERO), created("a"));
         assert_eq!(record("none", "b", DEDUP_WINDOW / 2), EventDecision::UpdateCount { name: "a".into(), count: 2 });
@@ -248,15 +231,15 @@ mod tests {
     #[test]
     fn an_outage_with_110_pods_is_reported_at_a_bounded_rate() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::new(start);
+        let mut correlator = EventCorrelator::default();
         let mut record = |pod| correlator.record(key(pod, "none"), String::new(), start);
         let written = (0..110).filter(|&pod| record(pod) != EventDecision::RateLimited).count();
-        assert_eq!(written, BURST as usize);
+        assert_eq!(written, EVENT_RATE.burst as usize);
         assert_eq!(record(0), EventDecision::CountOnly, "the repetition is counted");
         let mut reported = written;
         let mut waited = Duration::ZERO;
         while reported < 110 {
-            waited += REFILL_INTERVAL;
+            waited += EVENT_RATE.period;
             reported +=
                 usize::from(correlator.record(key(reported, "none"), String::new(), start + waited) == created(""));
         }
@@ -266,33 +249,34 @@ mod tests {
     #[test]
     fn a_deferred_count_is_part_of_the_next_update() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::new(start);
-        for pod in 0..BURST as usize {
+        let mut correlator = EventCorrelator::default();
+        for pod in 0..EVENT_RATE.burst as usize {
             correlator.record(key(pod, "none"), "a".into(), start);
         }
         assert_eq!(correlator.record(key(0, "none"), "b".into(), start), EventDecision::CountOnly);
-        let next = correlator.record(key(0, "none"), "b".into(), start + REFILL_INTERVAL);
+        let next = correlator.record(key(0, "none"), "b".into(), start + EVENT_RATE.period);
         assert_eq!(next, EventDecision::UpdateCount { name: "a".into(), count: 3 });
     }
 
     #[test]
     fn an_idle_hour_saves_up_no_more_than_a_burst() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::new(start);
+        let mut correlator = EventCorrelator::default();
+        correlator.bucket.refill(EVENT_RATE, start);
         let later = start + Duration::from_secs(3600);
         let written = (0..100)
             .filter(|&pod| correlator.record(key(pod, ""), String::new(), later) != EventDecision::RateLimited)
             .count();
-        assert_eq!(written, BURST as usize);
+        assert_eq!(written, EVENT_RATE.burst as usize);
     }
 
     #[test]
     fn the_number_of_recorded_events_is_bounded() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::new(start);
+        let mut correlator = EventCorrelator::default();
         for pod in 0..MAX_RECORDED_EVENTS + 10 {
-            let now = start + REFILL_INTERVAL * u32::try_from(pod).unwrap() / 10;
-            correlator.tokens = BURST;
+            let now = start + EVENT_RATE.period * u32::try_from(pod).unwrap() / 10;
+            correlator.bucket = TokenBucket::default();
             correlator.record(key(pod, ""), String::new(), now);
         }
         assert_eq!(correlator.recorded.len(), MAX_RECORDED_EVENTS);

@@ -10,13 +10,13 @@ use clap::{ArgAction, Args, ValueEnum};
 
 use self::retain::{FetchKind, RetainKind};
 use super::policy_file::quantity;
+use crate::decide::byte_bucket::MIN_RATE;
 use crate::decide::fill::RATE;
 use crate::decide::opt_in::Trigger;
 use crate::decide::policy::STALLED_AFTER;
 use crate::decide::retain::RetainBytes;
 use crate::decide::selector::{Selector, SelectorError};
 use crate::decide::tag::TagPolicy;
-use crate::decide::token_bucket::MIN_RATE;
 use crate::model::{NodeName, PeerId, Zone};
 
 /// Flags of `lighterman agent`. The environment variable `LIGHTERMAN_<FLAG>` sets a flag too; a

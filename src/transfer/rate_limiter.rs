@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Mutex, Notify, watch};
 use tokio::time::sleep;
 
+use crate::decide::byte_bucket::{ByteBucket, CHUNK, concurrent_transfers};
 use crate::decide::policy::{Budgets, Policy};
-use crate::decide::token_bucket::{CHUNK, TokenBucket, concurrent_transfers};
 use crate::util::clock;
 
 /// The policy in force; `None` where no policy can set a rate.
@@ -21,7 +21,7 @@ pub(super) struct RateLimiter {
     policy: PolicyReceiver,
     rate_of: fn(&Budgets) -> u64,
     /// The holder of the lock is next; tokio's mutex is first in, first out.
-    bucket: Mutex<TokenBucket>,
+    bucket: Mutex<ByteBucket>,
     /// Held by the transfer that gets the next permit.
     permit_queue: Mutex<()>,
     permits: TransferPermits,
@@ -43,7 +43,7 @@ impl RateLimiter {
         Self {
             policy,
             rate_of,
-            bucket: Mutex::new(TokenBucket::new(rate, clock::now())),
+            bucket: Mutex::new(ByteBucket::new(rate)),
             permit_queue: Mutex::default(),
             permits: TransferPermits::default(),
         }
@@ -140,7 +140,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
-    use crate::decide::token_bucket::MIN_RATE;
+    use crate::decide::byte_bucket::MIN_RATE;
     use crate::transfer::tests::rates_policy;
 
     fn limiter(rate: u64) -> (watch::Sender<Arc<Policy>>, RateLimiter) {

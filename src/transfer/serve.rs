@@ -27,7 +27,7 @@ use super::Shared;
 use super::close_codes::{BLOB_REMOVED, MALFORMED, OTHER_MAJOR, STORE_FAILED, TOO_SLOW};
 use super::tuning::{MAX_FOLLOWED, MAX_STREAMS, READ_BYTES};
 use super::upload_queue::NoUploadSlot;
-use crate::decide::token_bucket::CHUNK;
+use crate::decide::byte_bucket::CHUNK;
 use crate::model::PeerId;
 use crate::oci::Digest;
 use crate::ports::{BlobReader, StoreError};

@@ -8,7 +8,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::future::try_join_all;
-use lighterman::decide::token_bucket::TokenBucket;
+use lighterman::decide::byte_bucket::ByteBucket;
 use lighterman::oci::Digest;
 use lighterman::ports::{BlobSink, FetchError, Fetcher, StoreError};
 use lighterman::transfer::Transfer;
@@ -53,7 +53,7 @@ fn the_configured_rate_holds_on_a_fast_link_in_either_direction() {
         let achieved = run_over_link("400mbit", rates, &blobs, async move |transfer, provider, _| {
             fetch_all(transfer, provider, &wanted).await.unwrap()
         });
-        let capacity = TokenBucket::new(RATE, Instant::now()).capacity() as f64;
+        let capacity = ByteBucket::new(RATE).capacity() as f64;
         // The first content of the token bucket passes at once, and all other bytes at the rate.
         let max_rate = RATE as f64 * bytes / (bytes - capacity);
         assert!(achieved <= max_rate, "{direction}: {achieved:.0} bytes/s exceed the limit of {max_rate:.0}");

@@ -42,7 +42,7 @@ const CAPABILITIES: [(&str, &[&str]); 11] = [
             "decide/piece_picker",
             "decide/upload_slots",
             "decide/connection_limit",
-            "decide/token_bucket",
+            "decide/byte_bucket",
             "decide/transport_choice",
             "agent/recovery/swarm",
             "agent/recovery/downloads",

@@ -19,13 +19,10 @@ use crate::util::clock;
 /// handshake has 5 s in all.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(2);
 
+#[derive(Default)]
 pub(super) struct SharedReviewBudget(Mutex<ReviewBudget>);
 
 impl SharedReviewBudget {
-    pub(super) fn full() -> Self {
-        Self(Mutex::new(ReviewBudget::full(clock::now())))
-    }
-
     /// Takes one review of the budget, in a cluster of `agents` agents; `false` when none is left.
     pub(super) fn try_take(&self, agents: usize) -> bool {
         self.0.lock().try_take(agents, clock::now())

@@ -9,9 +9,9 @@ use super::*;
 use crate::agent::pods::registry_health::{RegistryHealth, RegistryProbe};
 use crate::agent::recovery::progress::Progress;
 use crate::agent::retention::retainer::tests::RetainTestNode;
+use crate::decide::byte_bucket::MIN_RATE;
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::RetainLayers;
-use crate::decide::token_bucket::MIN_RATE;
 use crate::model::{Outage, OutageKind};
 use crate::ports::{PullSecret, RegistryError};
 

@@ -7,9 +7,9 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Vis
 use serde_saphyr::{Error, Spanned};
 
 use super::quantity;
+use crate::decide::byte_bucket::MIN_RATE;
 use crate::decide::opt_in::Trigger;
 use crate::decide::selector::Selector;
-use crate::decide::token_bucket::MIN_RATE;
 
 use super::{MAX_CONCURRENT, MAX_NODES, MAX_SELECTOR, PolicyFileError};
 

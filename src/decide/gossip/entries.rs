@@ -59,7 +59,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         // Only new entries count, else a peer that repeats old entries would use up the publisher's
         // rate. No fault is recorded: a neighbor may have held the entries back. This agent
         // requests the excess later, at its own pace.
-        if member.log.is_new(&entry.head) && !member.score.entries.try_take(&ENTRY_LIMIT, now) {
+        if member.log.is_new(&entry.head) && !member.score.entries.try_take(1, ENTRY_LIMIT, now) {
             return GossipVerdict::Ignore("too_many");
         }
         self.apply_entry(from, entry, inventory, now)

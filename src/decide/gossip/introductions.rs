@@ -105,7 +105,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         let is_within = self
             .membership
             .get_mut(peer)
-            .is_none_or(|member| member.score.introductions.try_take(&INTRODUCTION_LIMIT, now));
+            .is_none_or(|member| member.score.introductions.try_take(1, INTRODUCTION_LIMIT, now));
         if !is_within {
             return GossipVerdict::Ignore("too_many");
         }

@@ -184,7 +184,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         let is_within = self
             .membership
             .get_mut(witness)
-            .is_some_and(|member| member.score.suspicions.try_take(&SUSPICION_LIMIT, now));
+            .is_some_and(|member| member.score.suspicions.try_take(1, SUSPICION_LIMIT, now));
         if !is_within {
             return GossipVerdict::Ignore("too_many");
         }
@@ -296,7 +296,7 @@ impl<N: CredentialVerifier> Protocol<N> {
         // Only refutations without a suspicion count against the limit. If all counted, suspicions
         // would be cheaper than refutations.
         let is_answer = !member.suspected_by.is_empty() || member.liveness != Liveness::Alive;
-        if !is_answer && !member.score.refutations.try_take(&INTRODUCTION_LIMIT, now) {
+        if !is_answer && !member.score.refutations.try_take(1, INTRODUCTION_LIMIT, now) {
             return GossipVerdict::Ignore("too_many");
         }
         member.refutation = Some(refutation);

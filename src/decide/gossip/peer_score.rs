@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::fault::GossipFault;
+use crate::util::token_bucket::{Rate, TokenBucket};
 
 /// Points at which a member is banned, and the time in which points fall to a half. A broken disk
 /// or a broken release makes some points, and a lying member makes any number.
@@ -19,12 +20,12 @@ pub(super) struct PeerScore {
     updated_at: Option<Instant>,
     banned_until: Option<Instant>,
     /// The member's own entries, and its requests.
-    pub(super) entries: MessageLimiter,
-    pub(super) requests: MessageLimiter,
-    pub(super) suspicions: MessageLimiter,
+    pub(super) entries: TokenBucket,
+    pub(super) requests: TokenBucket,
+    pub(super) suspicions: TokenBucket,
     /// The member's statements about itself: introductions, refutations.
-    pub(super) introductions: MessageLimiter,
-    pub(super) refutations: MessageLimiter,
+    pub(super) introductions: TokenBucket,
+    pub(super) refutations: TokenBucket,
 }
 
 impl PeerScore {
@@ -51,44 +52,17 @@ impl PeerScore {
     }
 }
 
-/// A leaky bucket of messages.
-#[derive(Debug, Clone, Default)]
-pub(super) struct MessageLimiter {
-    used: f64,
-    at: Option<Instant>,
-}
-
-/// The burst and the rate of a limiter.
-pub(super) struct MessageLimit {
-    pub(super) burst: f64,
-    pub(super) per_second: f64,
-}
-
 /// A publisher gathers changes for a second and makes at most 16 entries of one batch. A restart or
 /// a healed partition brings some batches at once.
-pub(super) const ENTRY_LIMIT: MessageLimit = MessageLimit { burst: 64.0, per_second: 16.0 };
+pub(super) const ENTRY_LIMIT: Rate = Rate::per_second(64, 16);
 
 /// A new member of 5000 nodes requests 20 pages of introductions and 20 of snapshots. Later,
 /// neighbors send a few requests a minute.
-pub(super) const REQUEST_LIMIT: MessageLimit = MessageLimit { burst: 64.0, per_second: 4.0 };
+pub(super) const REQUEST_LIMIT: Rate = Rate::per_second(64, 4);
 
 /// A rack that loses its switch: a node has some dozens of neighbors, and suspects all of them.
-pub(super) const SUSPICION_LIMIT: MessageLimit = MessageLimit { burst: 64.0, per_second: 4.0 };
+pub(super) const SUSPICION_LIMIT: Rate = Rate::per_second(64, 4);
 
 /// A credential is renewed every three quarters of an hour. A node that is starved, or moves,
 /// introduces itself or refutes more often.
-pub(super) const INTRODUCTION_LIMIT: MessageLimit = MessageLimit { burst: 16.0, per_second: 0.2 };
-
-impl MessageLimiter {
-    /// Counts one message. False when the limit is reached.
-    pub(super) fn try_take(&mut self, rate: &MessageLimit, now: Instant) -> bool {
-        let passed = self.at.map_or(0.0, |at| now.duration_since(at).as_secs_f64());
-        self.at = Some(now);
-        self.used = (self.used - passed * rate.per_second).max(0.0);
-        if self.used + 1.0 > rate.burst {
-            return false;
-        }
-        self.used += 1.0;
-        true
-    }
-}
+pub(super) const INTRODUCTION_LIMIT: Rate = Rate { burst: 16, tokens: 1, period: Duration::from_secs(5) };

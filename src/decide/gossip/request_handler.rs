@@ -22,7 +22,7 @@ impl<N: CredentialVerifier> Protocol<N> {
     /// Answers a request of a neighbor.
     pub fn answer(&mut self, from: PeerId, request: SyncRequest, inventory: &Inventory, now: Instant) -> SyncReply {
         let Some(member) = self.membership.get_mut(from) else { return SyncReply::Busy };
-        if member.score.is_banned(now) || !member.score.requests.try_take(&REQUEST_LIMIT, now) {
+        if member.score.is_banned(now) || !member.score.requests.try_take(1, REQUEST_LIMIT, now) {
             return SyncReply::Busy;
         }
         match request {

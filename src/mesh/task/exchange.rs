@@ -215,7 +215,7 @@ impl MeshTask {
             return self.report_fault(from, GossipFault::TooMany, now);
         }
         let reply = match wire::decode_in::<SyncRequest>(request, self.versions) {
-            Ok(request) if self.neighbors.try_begin_answer(from, id, &request, now) => {
+            Ok(request) if self.neighbors.try_begin_answer(from, id, &request) => {
                 let Self { protocol, inventory: table, .. } = self;
                 table.read(|inventory| protocol.answer(from, request, inventory, now))
             }

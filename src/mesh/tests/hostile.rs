@@ -5,8 +5,8 @@ use tokio_util::sync::CancellationToken;
 use super::node::{LIFE, within_deadline};
 use super::raw::introduction_of;
 use super::*;
-use crate::mesh::neighbor_budget::RateLimit;
 use crate::model::SyncRequest;
+use crate::util::token_bucket::Rate;
 use crate::wire::{self, Message};
 
 const MAJOR: u8 = Versions::GOSSIP.current().version().major;
@@ -134,7 +134,7 @@ async fn a_message_of_another_release_is_ignored_and_is_no_fault() {
 
 #[tokio::test]
 async fn gossip_beyond_the_rate_limit_is_dropped_unread() {
-    let messages = RateLimit { burst: 5.0, per_second: 0.0 };
+    let messages = Rate::per_second(5, 0);
     let limits = NeighborRateLimits { messages, ..NeighborRateLimits::DEFAULT };
     let a = MeshTestNode::start_with(NodeOptions { limits, ..NodeOptions::default() }).await;
     let mut flood = RawPeer::introduced_to(&a).await;
@@ -151,7 +151,7 @@ async fn gossip_beyond_the_rate_limit_is_dropped_unread() {
 
 #[tokio::test]
 async fn malformed_long_or_too_many_sync_requests_are_faults() {
-    let sync_requests = RateLimit { burst: 2.0, per_second: 0.0 };
+    let sync_requests = Rate::per_second(2, 0);
     let a = MeshTestNode::start_with(NodeOptions {
         limits: NeighborRateLimits { sync_requests, ..NeighborRateLimits::DEFAULT },
         ..NodeOptions::default()

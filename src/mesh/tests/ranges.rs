@@ -10,9 +10,9 @@ use tokio::sync::Semaphore;
 use super::node::within_deadline;
 use super::*;
 use crate::decide::transport_choice::{MAX_RANGES_OF_A_PEER, RANGE};
-use crate::mesh::neighbor_budget::RateLimit;
 use crate::mesh::stack::MAX_SERVED_RANGES;
 use crate::oci::Digest;
+use crate::util::token_bucket::Rate;
 use crate::wire::{self, Answer, Request};
 
 /// Serves `blobs`, one request per permit.
@@ -138,7 +138,7 @@ async fn a_peer_whose_admission_is_revoked_gets_no_further_range() {
 
 #[tokio::test]
 async fn invalid_long_or_too_many_range_requests_are_faults() {
-    let ranges = RateLimit { burst: 4.0, per_second: 0.0 };
+    let ranges = Rate::per_second(4, 0);
     let limits = NeighborRateLimits { ranges, ..NeighborRateLimits::DEFAULT };
     let a = serving(NodeOptions { limits, ..NodeOptions::default() }, TestRangeServer::of(&[])).await;
     let mut culprit = RawPeer::introduced_to(&a).await;

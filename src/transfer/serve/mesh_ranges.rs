@@ -3,7 +3,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::decide::token_bucket::CHUNK;
+use crate::decide::byte_bucket::CHUNK;
 use crate::decide::transport_choice::{MAX_BLOB, RANGE};
 use crate::model::PeerId;
 use crate::oci::{Digest, PieceLayout};

@@ -10,7 +10,7 @@ use quinn::SendStream;
 use tokio::time::{Instant, timeout};
 
 use super::{ResponseStream, ServeError, store_timeout};
-use crate::decide::token_bucket::CHUNK;
+use crate::decide::byte_bucket::CHUNK;
 use crate::model::{MAX_REQUEST_PIECES, PeerId};
 use crate::oci::{Digest, PieceLayout};
 use crate::ports::{BlobReader, PartialBlob, StoreError};

@@ -4,7 +4,7 @@ use futures::future::{join_all, try_join_all};
 use tokio::time::Instant;
 
 use super::*;
-use crate::decide::token_bucket::{CHUNK, MIN_RATE, TokenBucket};
+use crate::decide::byte_bucket::{ByteBucket, CHUNK, MIN_RATE};
 
 /// A node whose rates can be changed.
 struct RateLimitedNode {
@@ -43,7 +43,7 @@ const SHORT: Timeouts =
 
 /// The least time in which the rate lets so many bytes pass.
 fn least_seconds(bytes: usize, rate: u64) -> f64 {
-    let capacity = TokenBucket::new(rate, Instant::now().into_std()).capacity();
+    let capacity = ByteBucket::new(rate).capacity();
     (bytes as u64).saturating_sub(capacity) as f64 / rate as f64
 }
 

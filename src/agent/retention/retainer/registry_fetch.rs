@@ -12,9 +12,9 @@ use tokio::time::sleep;
 use super::missing_layers::MissingLayers;
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
+use crate::decide::byte_bucket::{ByteBucket, CHUNK};
 use crate::decide::disk_reservations::Reservation;
 use crate::decide::fill::{FillFailure, SecretName};
-use crate::decide::token_bucket::{CHUNK, TokenBucket};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Repository};
 use crate::ports::{BlobMetadata, BlobSink, Pin, PullSecret, RegistryFetchError, StagedBlob, StoreError};
@@ -28,7 +28,7 @@ pub(super) struct RegistryFetch<'a> {
     reservation: &'a Reservation,
     /// Bytes per second; 0 is no limit.
     rate: u64,
-    bucket: TokenBucket,
+    bucket: ByteBucket,
     metrics: Metrics,
 }
 
@@ -41,7 +41,7 @@ impl<'a> RegistryFetch<'a> {
         rate: u64,
         metrics: Metrics,
     ) -> Self {
-        let bucket = TokenBucket::new(rate, clock::now());
+        let bucket = ByteBucket::new(rate);
         Self { recoverer, image, pin, reservation, rate, bucket, metrics }
     }
 

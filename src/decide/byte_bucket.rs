@@ -1,10 +1,10 @@
-//! Token bucket: bytes that may pass now, so that at most a rate passes over time.
+//! The bytes that may pass now, so that at most a rate passes over time.
 //!
-//! Over any window of t seconds at most rate * t + capacity bytes pass, exactly: credit is an
-//! integer, and only existing credit is taken. Not here: the waiting, and the order of the waiting
-//! transfers (the transfer adapter).
+//! Not here: the waiting, and the order of the waiting transfers (the transfer adapter).
 
 use std::time::{Duration, Instant};
+
+use crate::util::token_bucket::{Rate, TokenBucket};
 
 /// Bytes that one take may have. Small enough that many streams advance in step at a low rate;
 /// large enough that takes cost nothing at a high rate: 10 Gbit/s are 19 000 takes a second.
@@ -18,33 +18,24 @@ pub const MIN_RATE: u64 = 64 << 10;
 /// aborts the transfer. Under a limit, so few transfers run that each gets this rate.
 const MIN_TRANSFER_RATE: u64 = 32 << 10;
 
-/// Credit counts billionths of a byte: one byte per second adds one of them per nanosecond.
-const CREDIT_PER_BYTE: u128 = 1_000_000_000;
-
-/// A rate and the credit gathered under the rate.
+/// A rate of bytes, and the credit gathered under the rate.
 #[derive(Debug, Clone)]
-pub struct TokenBucket {
-    rate: u64,
-    /// At most [`TokenBucket::capacity`] bytes' worth.
-    credit: u128,
-    refilled_at: Instant,
+pub struct ByteBucket {
+    bytes_per_second: u64,
+    bucket: TokenBucket,
 }
 
-impl TokenBucket {
+impl ByteBucket {
     /// A full bucket. `rate` is in bytes per second; 0 is no limit.
-    pub fn new(rate: u64, now: Instant) -> Self {
-        let mut bucket = Self { rate: 0, credit: 0, refilled_at: now };
-        bucket.set_rate(rate, now);
-        bucket.credit = bucket.full();
-        bucket
+    pub fn new(rate: u64) -> Self {
+        Self { bytes_per_second: at_least_min(rate), bucket: TokenBucket::default() }
     }
 
     /// Changes the rate. Gathered credit stays up to the new capacity; a time without a limit
     /// leaves none.
     pub fn set_rate(&mut self, rate: u64, now: Instant) {
-        self.refill(now);
-        self.rate = if rate == 0 { 0 } else { rate.max(MIN_RATE) };
-        self.credit = self.credit.min(self.full());
+        self.bucket.refill(self.rate(), now);
+        self.bytes_per_second = at_least_min(rate);
     }
 
     /// Takes `bytes`, at most a [`CHUNK`], because the bucket may never hold more.
@@ -53,37 +44,17 @@ impl TokenBucket {
     /// The wait until the credit suffices if no other caller takes credit. The take changed
     /// nothing.
     pub fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        if self.rate == 0 {
-            return Ok(());
-        }
-        self.refill(now);
-        let wanted = u128::from(bytes.min(CHUNK)) * CREDIT_PER_BYTE;
-        match self.credit.checked_sub(wanted) {
-            Some(left) => {
-                self.credit = left;
-                Ok(())
-            }
-            // Rounded up, so the credit suffices after the wait.
-            None => Err(nanoseconds((wanted - self.credit).div_ceil(u128::from(self.rate)))),
-        }
+        if self.bytes_per_second == 0 { Ok(()) } else { self.bucket.take(bytes.min(CHUNK), self.rate(), now) }
     }
 
     /// Bytes that may pass at once after a pause: those of a quarter of a second, so that a late
     /// wake-up loses no credit, and at least a chunk, so that any take can succeed.
     pub fn capacity(&self) -> u64 {
-        if self.rate == 0 { 0 } else { (self.rate / 4).max(CHUNK) }
+        if self.bytes_per_second == 0 { 0 } else { (self.bytes_per_second / 4).max(CHUNK) }
     }
 
-    fn full(&self) -> u128 {
-        u128::from(self.capacity()) * CREDIT_PER_BYTE
-    }
-
-    /// A clock that stands still or goes back adds no credit.
-    fn refill(&mut self, now: Instant) {
-        let elapsed = now.saturating_duration_since(self.refilled_at);
-        self.refilled_at = self.refilled_at.max(now);
-        self.credit =
-            elapsed.as_nanos().saturating_mul(u128::from(self.rate)).saturating_add(self.credit).min(self.full());
+    fn rate(&self) -> Rate {
+        Rate::per_second(self.capacity(), self.bytes_per_second)
     }
 }
 
@@ -95,8 +66,8 @@ pub fn concurrent_transfers(rate: u64) -> usize {
     }
 }
 
-fn nanoseconds(count: u128) -> Duration {
-    Duration::from_nanos(u64::try_from(count).unwrap_or(u64::MAX))
+fn at_least_min(rate: u64) -> u64 {
+    if rate == 0 { 0 } else { rate.max(MIN_RATE) }
 }
 
 #[cfg(test)]
@@ -110,7 +81,7 @@ mod tests {
     #[test]
     fn a_full_bucket_gives_its_capacity_at_once_and_then_the_rate() {
         let start = Instant::now();
-        let mut bucket = TokenBucket::new(8 * CHUNK, start);
+        let mut bucket = ByteBucket::new(8 * CHUNK);
         assert_eq!(bucket.capacity(), 2 * CHUNK, "the bytes of a quarter of a second");
         assert_eq!((bucket.take(CHUNK, start), bucket.take(CHUNK, start)), (Ok(()), Ok(())));
         assert_eq!(bucket.take(CHUNK, start), Err(SECOND / 8));
@@ -121,7 +92,7 @@ mod tests {
     #[test]
     fn a_low_rate_still_lets_a_whole_chunk_through() {
         let start = Instant::now();
-        let mut bucket = TokenBucket::new(1, start);
+        let mut bucket = ByteBucket::new(1);
         assert_eq!(bucket.take(u64::MAX, start), Ok(()), "the take counts as one chunk");
         assert_eq!(bucket.take(CHUNK, start), Err(SECOND), "the lowest rate counts");
     }
@@ -129,7 +100,7 @@ mod tests {
     #[test]
     fn a_new_rate_is_in_force_at_once() {
         let start = Instant::now();
-        let mut bucket = TokenBucket::new(MIN_RATE, start);
+        let mut bucket = ByteBucket::new(MIN_RATE);
         bucket.take(CHUNK, start).unwrap();
         assert_eq!(bucket.take(CHUNK, start), Err(SECOND));
         bucket.set_rate(4 * MIN_RATE, start);
@@ -152,7 +123,7 @@ mod tests {
             takes in proptest::collection::vec((0..=CHUNK, 0_u64..200_000_000), 1..200),
         ) {
             let (start, mut now) = (Instant::now(), 0);
-            let mut bucket = TokenBucket::new(rate, start);
+            let mut bucket = ByteBucket::new(rate);
             let mut passed = Vec::new();
             for (bytes, pause) in takes {
                 now += pause;
@@ -163,8 +134,9 @@ mod tests {
             for first in 0..passed.len() {
                 let mut sum = 0;
                 for (at, bytes) in &passed[first..] {
-                    sum += u128::from(*bytes) * CREDIT_PER_BYTE;
-                    let allowed = u128::from(at - passed[first].0) * u128::from(rate) + bucket.full();
+                    sum += u128::from(*bytes) * 1_000_000_000;
+                    let elapsed = u128::from(at - passed[first].0);
+                    let allowed = elapsed * u128::from(rate) + u128::from(bucket.capacity()) * 1_000_000_000;
                     prop_assert!(sum <= allowed, "{sum} billionths of a byte where {allowed} are allowed");
                 }
             }
@@ -176,7 +148,7 @@ mod tests {
             bytes in 0..=2 * CHUNK,
         ) {
             let mut now = Instant::now();
-            let mut bucket = TokenBucket::new(rates[0], now);
+            let mut bucket = ByteBucket::new(rates[0]);
             for rate in rates {
                 bucket.set_rate(rate, now);
                 if let Err(wait) = bucket.take(bytes, now) {
@@ -190,7 +162,7 @@ mod tests {
         #[test]
         fn frequent_takes_lose_no_credit(rate in MIN_RATE..2 << 30, attempts in 1_u32..1000) {
             let start = Instant::now();
-            let mut bucket = TokenBucket::new(rate, start);
+            let mut bucket = ByteBucket::new(rate);
             while bucket.take(CHUNK, start).is_ok() {}
             let wait = bucket.take(CHUNK, start).unwrap_err();
             for attempt in 0..attempts {
