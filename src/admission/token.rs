@@ -38,6 +38,7 @@ use crate::credential::token::{Claims, ClusterKeys, Expectations, MAX_LIFE, Toke
 use crate::metrics::Metrics;
 use crate::model::{Credential, PeerId};
 use crate::ports::{Admission, AdmittedPeer, Rejection};
+use crate::util::backoff::Backoff;
 use crate::util::clock::unix_time;
 
 /// Lifetime of the cached keys. The agent fetches the keys as often as a token, so that a withdrawn
@@ -46,8 +47,7 @@ const KEYS_LIFETIME: Duration = MAX_LIFE;
 
 /// The first and the longest back-off; each failure doubles the back-off. At the longest, with the
 /// random part 45 s on average, a thousand agents send 22 token requests per second.
-const MIN_BACKOFF: Duration = Duration::from_secs(1);
-const MAX_BACKOFF: Duration = Duration::from_secs(60);
+const BACKOFF: Backoff = Backoff { first: Duration::from_secs(1), longest: Duration::from_secs(60) };
 
 /// Lifetime of a verdict in grace. The API server may return, which the agent's requests find out
 /// within a minute.
@@ -137,7 +137,7 @@ impl TokenAdmission {
                         service_account = %self.agent_pod.service_account, namespace = %self.agent_pod.k8s_namespace, %failure,
                         "the API server grants no token for peers (needs create on serviceaccounts/token); the agent retries"
                     );
-                    backoff_delay(failures, rand::rng().random())
+                    BACKOFF.jittered_wait(failures - 1, rand::rng().random())
                 }
             };
             tokio::time::sleep(wait).await;
@@ -159,7 +159,7 @@ impl TokenAdmission {
                         error = text,
                         "the cluster's signing keys for peers' tokens cannot be fetched; the agent retries"
                     );
-                    backoff_delay(failures, rand::rng().random())
+                    BACKOFF.jittered_wait(failures - 1, rand::rng().random())
                 }
             };
             tokio::select! {
@@ -375,12 +375,6 @@ fn rejected() -> Rejection {
 /// started together by a tenth.
 fn renewal_delay(life: Duration, jitter: f64) -> Duration {
     life.mul_f64(0.75 + 0.1 * jitter)
-}
-
-/// The back-off after `failures` failures in a row; one half is random.
-fn backoff_delay(failures: u32, jitter: f64) -> Duration {
-    let longest = MIN_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_BACKOFF);
-    longest.mul_f64(0.5 + 0.5 * jitter)
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use crate::util::backoff::Backoff;
+
 /// An agent with this many peers is not short of peers: gossip brings all other members. One round
 /// of handshakes meets as many peers.
 pub const ENOUGH_PEERS: usize = 8;
@@ -100,7 +102,7 @@ pub fn count_agents(addresses: &[SocketAddr]) -> usize {
 
 /// The pause after so many look-ups of one shortage.
 fn pause(rounds: u32) -> Duration {
-    MIN_PAUSE.saturating_mul(1 << rounds.saturating_sub(ROUNDS_AT_MIN_PAUSE).min(10)).min(MAX_PAUSE)
+    Backoff { first: MIN_PAUSE, longest: MAX_PAUSE }.wait(rounds.saturating_sub(ROUNDS_AT_MIN_PAUSE))
 }
 
 /// Within a fifth of the pause on either side, so that agents which started together do not stay

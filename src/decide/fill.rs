@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 pub use self::outcome::{FetchFrom, FillFailure, FillSource, UnfilledReason};
 use crate::oci::Digest;
+use crate::util::backoff::Backoff;
 
 mod outcome;
 #[cfg(test)]
@@ -58,11 +59,8 @@ const REJECTION_RETRY_DELAY: Duration = Duration::from_secs(12 * 3600);
 /// after a denial while a secret could not be read, which the API server may permit later.
 const WRONG_BYTES_RETRY_DELAY: Duration = Duration::from_secs(3600);
 
-/// First pause of a registry that failed or limits the rate; doubled by each further failure.
-const MIN_BACK_OFF: Duration = Duration::from_secs(120);
-
-/// The longest of these pauses.
-const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
+/// Pauses of a registry that failed or limits the rate.
+const BACKOFF: Backoff = Backoff { first: Duration::from_secs(120), longest: Duration::from_secs(3600) };
 
 /// Longest pause that a registry may request: the window of Docker Hub's limit.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(6 * 3600);
@@ -303,9 +301,7 @@ impl FillScheduler {
     /// requested.
     fn record_registry_failure(&mut self, registry: &str, retry_after: Duration, now: Instant) {
         let failures = self.registries.get(registry).map_or(0, |before| before.failures);
-        // Five doublings reach the longest pause.
-        let pause = MIN_BACK_OFF.saturating_mul(1 << failures.min(5)).min(MAX_BACK_OFF);
-        let until = now + pause.max(retry_after.min(MAX_RETRY_AFTER));
+        let until = now + BACKOFF.wait(failures).max(retry_after.min(MAX_RETRY_AFTER));
         insert_bounded(
             &mut self.registries,
             registry.to_owned(),

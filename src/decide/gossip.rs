@@ -56,6 +56,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::decide::inventory::Inventory;
 use crate::model::{Credential, Gossip, Introduction, InventoryChange, MemberSummary, NodeName, PeerId, Release, Zone};
+use crate::util::backoff::Backoff;
 use local_log::LocalLog;
 use membership_table::{Member, MembershipTable};
 use recent_entries::RecentEntries;
@@ -309,9 +310,5 @@ impl<N: CredentialVerifier> Protocol<N> {
     }
 }
 
-/// The pause after `failures` failures in a row: 1 s, doubling to 30 s, less up to half by `jitter`
-/// (random, in 0..1). The jitter spreads the dials of all agents to a restarted node.
-fn back_off(failures: u32, jitter: f64) -> Duration {
-    let seconds = 1u32.checked_shl(failures).map_or(30, |doubled| doubled.clamp(1, 30));
-    Duration::from_secs(seconds.into()).mul_f64(0.5 + jitter / 2.0)
-}
+/// Pauses after failures in a row. The jitter spreads the dials of all agents to a restarted node.
+const BACKOFF: Backoff = Backoff { first: Duration::from_secs(1), longest: Duration::from_secs(30) };

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::model::PeerId;
+use crate::util::backoff::Backoff;
 
 /// A fault of a peer, or a failure on the way to the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,9 +44,8 @@ impl PeerFault {
         }
     }
 
-    /// The first wait, and the longest wait that the doubling reaches.
-    fn wait_bounds(self) -> (Duration, Duration) {
-        match self.ban_kind() {
+    fn backoff(self) -> Backoff {
+        let (first, longest) = match self.ban_kind() {
             // A bad sector stays bad, and a lying peer lies on. A replaced disk is noticed within
             // two hours.
             BanKind::Lying => (Duration::from_secs(600), Duration::from_secs(7200)),
@@ -53,7 +53,8 @@ impl PeerFault {
             BanKind::Busy => (Duration::from_millis(100), Duration::from_millis(1500)),
             // As the recovery queue's waits after a failure.
             BanKind::Troubled => (Duration::from_secs(1), Duration::from_secs(300)),
-        }
+        };
+        Backoff { first, longest }
     }
 }
 
@@ -104,9 +105,7 @@ impl PeerFaults {
         }
         let count = &mut self.counts.entry(peer).or_default()[fault.ban_kind() as usize];
         count.expire(now);
-        let (first, longest) = fault.wait_bounds();
-        let wait = first.saturating_mul(1 << count.times.min(16)).min(longest);
-        let until = now + wait.mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);
+        let until = now + fault.backoff().jittered_wait(count.times, jitter);
         *count = FaultCount { times: count.times.saturating_add(1), until: Some(until) };
         until
     }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::model::PodRef;
 use crate::oci::Reference;
+use crate::util::backoff::Backoff;
 
 /// The recoveries of this node. The pods of the node bound the jobs, because an image has a job
 /// only while a pod waits; the histories of other images have a bound of their own.
@@ -90,14 +91,13 @@ pub enum RecoveryEnd {
     Abandoned,
 }
 
-/// Back-off after the first failure, doubled by each further failure up to [`MAX_BACKOFF`].
-const MIN_BACKOFF: Duration = Duration::from_secs(1);
-/// Equal to the kubelet's longest pull back-off, so recoveries are never slower than the kubelet.
-const MAX_BACKOFF: Duration = Duration::from_secs(300);
+/// The longest wait is the kubelet's longest pull back-off, so recoveries are never slower than the
+/// kubelet.
+const BACKOFF: Backoff = Backoff { first: Duration::from_secs(1), longest: Duration::from_secs(300) };
 /// Time for a nudged pod to start before the image is checked again. A nudged kubelet needs less
 /// than a second, and containerd unpacks a large image for up to a minute. Without this wait, a
-/// stuck pod would cause a loop.
-const SETTLING_TIME: Duration = Duration::from_secs(60);
+/// stuck pod would cause a loop. The time doubles: the problem of such a pod is not its image.
+const SETTLING: Backoff = Backoff { first: Duration::from_secs(60), longest: Duration::from_secs(16 * 60) };
 /// Immediate starts of an image without a wait, because pods are replaced and providers appear in
 /// twos and threes. Later immediate starts have the back-offs of failures between them.
 const FREE_STARTS: u32 = 4;
@@ -258,7 +258,8 @@ impl JobHistory {
         self.started = Some(now);
         if is_immediate {
             self.immediate_starts = self.immediate_starts.saturating_add(1);
-            self.not_before = self.immediate_starts.checked_sub(FREE_STARTS).map(|doublings| now + backoff(doublings));
+            self.not_before =
+                self.immediate_starts.checked_sub(FREE_STARTS).map(|doublings| now + BACKOFF.wait(doublings));
         }
     }
 
@@ -267,8 +268,7 @@ impl JobHistory {
         match end {
             RecoveryEnd::Done => {
                 self.failures = 0;
-                // One minute, then two, up to sixteen: the problem of such a pod is not its image.
-                let until = now + SETTLING_TIME * (1 << self.times_settled.min(4));
+                let until = now + SETTLING.wait(self.times_settled);
                 self.times_settled = self.times_settled.saturating_add(1);
                 JobState::Settling { until }
             }
@@ -276,16 +276,12 @@ impl JobHistory {
             // A tag may name another digest by then.
             RecoveryEnd::Final => JobState::BackingOff { until: now + HISTORY_LIFE, for_a_provider: false },
             RecoveryEnd::NoProvider | RecoveryEnd::Failed => {
-                let wait = backoff(self.failures).mul_f64(0.5 + jitter.clamp(0.0, 1.0) / 2.0);
+                let wait = BACKOFF.jittered_wait(self.failures, jitter);
                 self.failures = self.failures.saturating_add(1);
                 JobState::BackingOff { until: now + wait, for_a_provider: end == RecoveryEnd::NoProvider }
             }
         }
     }
-}
-
-fn backoff(doublings: u32) -> Duration {
-    MIN_BACKOFF.saturating_mul(1 << doublings.min(16)).min(MAX_BACKOFF)
 }
 
 #[cfg(test)]

@@ -373,7 +373,7 @@ fn a_token_is_renewed_well_before_it_expires() {
 
 #[test]
 fn the_backoff_grows_to_its_maximum() {
-    let delays: Vec<_> = (1..=8).map(|failures| backoff_delay(failures, 1.0).as_secs()).collect();
+    let delays: Vec<_> = (0..8).map(|failures| BACKOFF.jittered_wait(failures, 1.0).as_secs()).collect();
     assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60]);
-    assert_eq!(backoff_delay(u32::MAX, 0.0), MAX_BACKOFF / 2);
+    assert_eq!(BACKOFF.jittered_wait(u32::MAX, 0.0), BACKOFF.longest / 2);
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{MeshConnectionId, back_off};
+use super::{BACKOFF, MeshConnectionId};
 
 /// Ticks without an answer after which a neighbor is silent. The next ping goes out
 /// [`super::PING_INTERVAL`] after the last answer, so a healthy neighbor has a second to answer. A
@@ -220,7 +220,7 @@ impl MemberConnections {
     }
 
     fn back_off(&mut self, now: Instant, jitter: f64) {
-        self.dial_at = Some(now + back_off(self.failed_dials, jitter));
+        self.dial_at = Some(now + BACKOFF.jittered_wait(self.failed_dials, jitter));
         self.failed_dials = self.failed_dials.saturating_add(1);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::back_off;
+use super::BACKOFF;
 use crate::model::{LogEntry, LogHead, PeerId};
 
 /// Entries buffered behind a missing entry: twice what a publisher makes of one batch. At 64 KiB
@@ -192,7 +192,7 @@ impl LogFollower {
                 _ => {
                     // The next request goes to another neighbor.
                     self.source = None;
-                    back_off(self.attempts.saturating_sub(QUICK_RETRIES), jitter)
+                    BACKOFF.jittered_wait(self.attempts.saturating_sub(QUICK_RETRIES), jitter)
                 }
             };
             self.needs_snapshot = matches!(need, MissingEntries::Entries(_)) || self.needs_snapshot;

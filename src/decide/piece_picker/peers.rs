@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::rate_estimate::RateEstimate;
 use crate::model::PeerId;
+use crate::util::backoff::Backoff;
 
 /// Requests in flight at one verified peer: initially, and at most. With two, the second is served
 /// while the first one's answer arrives; four of at least 50 ms each cover the round trip between
@@ -23,9 +24,8 @@ const GAPS: usize = 32;
 /// Fewer gaps than these do not set a peer's silence limit.
 const MIN_GAPS: usize = 8;
 
-/// Back-off of a busy or failing peer: first, and at most.
-const MIN_BACK_OFF: Duration = Duration::from_millis(100);
-const MAX_BACK_OFF: Duration = Duration::from_millis(1600);
+/// Back-off of a busy or failing peer.
+const BACKOFF: Backoff = Backoff { first: Duration::from_millis(100), longest: Duration::from_millis(1600) };
 
 /// Index of a peer in one picker.
 pub(super) type PeerIndex = usize;
@@ -56,7 +56,8 @@ pub(super) struct PeerRecord {
     silence_limit: Duration,
     /// No request before this instant.
     back_off_until: Option<Instant>,
-    back_off: Duration,
+    /// Failures since the last reset of the back-off.
+    failures: u32,
     /// No request and no selection before this instant.
     excluded_until: Option<Instant>,
 }
@@ -119,7 +120,7 @@ impl PeerRecord {
             gaps_seen: 0,
             silence_limit: MIN_SILENCE_LIMIT,
             back_off_until: None,
-            back_off: MIN_BACK_OFF,
+            failures: 0,
             excluded_until: None,
         }
     }
@@ -179,7 +180,7 @@ impl PeerRecord {
     }
 
     pub(super) fn reset_back_off(&mut self) {
-        self.back_off = MIN_BACK_OFF;
+        self.failures = 0;
     }
 
     pub(super) fn mark_verified(&mut self) {
@@ -190,8 +191,8 @@ impl PeerRecord {
 
     /// For a busy peer, or a request without a result.
     pub(super) fn start_back_off(&mut self, now: Instant) {
-        self.back_off_until = Some(now + self.back_off);
-        self.back_off = (self.back_off * 2).min(MAX_BACK_OFF);
+        self.back_off_until = Some(now + BACKOFF.wait(self.failures));
+        self.failures = self.failures.saturating_add(1);
     }
 
     /// Silence after which another provider gets the request too.

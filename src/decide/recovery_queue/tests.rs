@@ -39,12 +39,12 @@ fn a_pod_that_stays_stuck_is_retried_after_a_growing_wait() {
     assert_eq!(queue.join(&image("a"), &pod("late"), 0), JoinOutcome::Recovered);
     assert_eq!(queue.start_next(now), None);
     queue.retain_wanted(&pod("late"), &BTreeSet::new());
-    assert_eq!(queue.start_next(now + SETTLING_TIME), Some(image("a")));
-    let mut now = now + SETTLING_TIME;
+    assert_eq!(queue.start_next(now + SETTLING.first), Some(image("a")));
+    let mut now = now + SETTLING.first;
     for minutes in [2, 4, 8, 16, 16] {
         queue.finish(&image("a"), RecoveryEnd::Done, now, 0.0);
         let due = queue.next_due().unwrap();
-        assert_eq!(due - now, SETTLING_TIME * minutes, "the wait doubles");
+        assert_eq!(due - now, SETTLING.first * minutes, "the wait doubles");
         now = due;
         assert_eq!(queue.start_next(now), Some(image("a")));
     }
@@ -75,7 +75,7 @@ fn a_full_queue_has_no_due_time() {
     assert_eq!(queue.start_next(now), Some(image("long")));
     assert_eq!(queue.next_due(), None, "a due time would make the caller spin");
     queue.finish(&image("long"), RecoveryEnd::Done, now, 1.0);
-    assert_eq!(queue.next_due(), Some(now + MIN_BACKOFF));
+    assert_eq!(queue.next_due(), Some(now + BACKOFF.first));
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn the_back_offs_of_many_nodes_are_spread() {
         queue.finish(&image("a"), RecoveryEnd::Failed, now, jitter);
         queue.next_due().unwrap() - now
     };
-    assert_eq!((wait(0.0), wait(1.0)), (MIN_BACKOFF / 2, MIN_BACKOFF));
+    assert_eq!((wait(0.0), wait(1.0)), (BACKOFF.first / 2, BACKOFF.first));
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn a_success_resets_the_back_off() {
     }
     queue.start_next(now);
     queue.finish(&image("a"), RecoveryEnd::Failed, now, 1.0);
-    assert_eq!(queue.next_due(), Some(now + 2 * MIN_BACKOFF));
+    assert_eq!(queue.next_due(), Some(now + 2 * BACKOFF.first));
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn an_image_is_as_important_as_the_most_important_pod_that_still_waits_for_it() 
     queue.retain_wanted(&pod("urgent"), &BTreeSet::new());
     assert_eq!(queue.start_next(now), Some(image("old")), "the urgent pod has gone");
     queue.finish(&image("old"), RecoveryEnd::Failed, now, 0.0);
-    let now = now + MAX_BACKOFF;
+    let now = now + BACKOFF.longest;
     assert_eq!(queue.join(&image("young"), &pod("q"), 3), JoinOutcome::AlreadyWaiting);
     assert_eq!(queue.start_next(now), Some(image("young")), "the image has become urgent");
 }
@@ -378,7 +378,7 @@ fn a_final_failure_is_retried_when_settings_change_and_not_when_a_provider_appea
     queue.start_next(now);
     queue.finish(&image("a"), RecoveryEnd::Final, now, 0.5);
     queue.providers_changed(|_| true);
-    assert_eq!(queue.start_next(now + MAX_BACKOFF * 2), None, "a provider does not end a final failure");
+    assert_eq!(queue.start_next(now + BACKOFF.longest * 2), None, "a provider does not end a final failure");
     queue.retry_now();
-    assert_eq!(queue.start_next(now + MAX_BACKOFF * 2), Some(image("a")));
+    assert_eq!(queue.start_next(now + BACKOFF.longest * 2), Some(image("a")));
 }

@@ -13,13 +13,13 @@ use crate::addresses::{is_address_for_peers, is_local_address};
 use crate::mesh::Mesh;
 use crate::model::{Credential, Zone};
 use crate::ports::{Admission, Cluster, ClusterError};
+use crate::util::backoff::Backoff;
 
 /// Interval of reads of the node's labels: zones rarely change, and a thousand nodes read.
 const ZONE_REFRESH: Duration = Duration::from_secs(3600);
 
-/// First and longest pause after a failed read of the zone. The pause doubles at each failure.
-const MIN_BACKOFF: Duration = Duration::from_secs(2);
-const MAX_BACKOFF: Duration = Duration::from_secs(60);
+/// Pauses after failed reads of the zone.
+const BACKOFF: Backoff = Backoff { first: Duration::from_secs(2), longest: Duration::from_secs(60) };
 
 /// How long the first introduction waits for the zone, because each introduction goes to every
 /// node. A healthy API server answers within milliseconds.
@@ -69,7 +69,7 @@ impl Introducer {
         let mut failures = 0;
         let first = tokio::time::timeout(ZONE_TIMEOUT, self.read_zone(Duration::ZERO));
         let Some(first) = stop.run_until_cancelled(first).await else { return };
-        let zone_read_delay = if matches!(first, Ok(Ok(_))) { ZONE_REFRESH } else { MIN_BACKOFF };
+        let zone_read_delay = if matches!(first, Ok(Ok(_))) { ZONE_REFRESH } else { BACKOFF.first };
         let mut zone = first.ok().and_then(Result::ok).flatten();
         let asking = self.read_zone(zone_read_delay);
         tokio::pin!(asking);
@@ -91,7 +91,7 @@ impl Introducer {
                                 tracing::info!(%error, "cannot read this node's zone from the API server now");
                             }
                             failures += 1;
-                            backoff(failures, rand::random())
+                            BACKOFF.jittered_wait(failures - 1, rand::random())
                         }
                     };
                     asking.set(self.read_zone(pause));
@@ -142,12 +142,6 @@ fn own_address(current: Option<IpAddr>, observed: Option<IpAddr>, is_local: impl
     current.filter(is_usable).or_else(|| observed.map(|address| address.to_canonical()).filter(is_usable))
 }
 
-/// The pause after so many failures in a row, half of it random (`chance` in 0..1).
-fn backoff(failures: u32, jitter: f64) -> Duration {
-    let max_delay = MIN_BACKOFF.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(MAX_BACKOFF);
-    max_delay.mul_f64(0.5 + 0.5 * jitter)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,8 +179,8 @@ mod tests {
 
     #[test]
     fn the_back_off_grows_to_a_minute() {
-        let pauses = [1, 2, 5, 6, 7, 1000].map(|failures| backoff(failures, 1.0).as_secs());
+        let pauses = [1, 2, 5, 6, 7, 1000].map(|failures: u32| BACKOFF.jittered_wait(failures - 1, 1.0).as_secs());
         assert_eq!(pauses, [2, 4, 32, 60, 60, 60]);
-        assert_eq!(backoff(1, 0.0), MIN_BACKOFF / 2);
+        assert_eq!(BACKOFF.jittered_wait(0, 0.0), BACKOFF.first / 2);
     }
 }
