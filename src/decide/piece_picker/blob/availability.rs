@@ -13,14 +13,10 @@ impl BlobPicker {
                 self.selected[index].announced_whole = true;
             }
             PieceMapUpdate::Map(bits) => {
-                let mut announced = PieceSet::none(self.request_counts.len());
-                // `insert` drops pieces beyond the end, and the loop reads no more bytes than the
-                // blob has pieces.
-                let bits = bits.0.iter().take(self.request_counts.len().div_ceil(8)).enumerate();
-                for (byte_index, byte) in bits {
-                    (0..8).filter(|bit| byte & 1 << bit != 0).for_each(|bit| {
-                        announced.insert(byte_index as u32 * 8 + bit);
-                    });
+                let pieces = self.request_counts.len();
+                let mut announced = PieceSet::none(pieces);
+                for piece in bits.ones().take_while(|piece| *piece < pieces) {
+                    announced.insert(piece as u32);
                 }
                 self.set_pieces(index, announced);
             }
