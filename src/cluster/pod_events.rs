@@ -4,9 +4,9 @@
 //! kubelets do: every `kubectl describe pod` shows all fields, and one right suffices. kube's own
 //! recorder writes events.k8s.io/v1, has no rate limit, and has a cache without a bound.
 
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use hashlink::LruCache;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -54,7 +54,7 @@ pub(super) struct EventRecorder {
 
 impl EventRecorder {
     pub(super) fn new(client: Client, node: NodeName) -> Self {
-        Self { client, node, correlator: Mutex::default() }
+        Self { client, node, correlator: Mutex::new(EventCorrelator::new()) }
     }
 
     /// Writes or counts the Event. `uid` is the kubelet's UID of the pod.
@@ -142,9 +142,8 @@ pub(super) fn event_name(pod: &str, now: Timestamp) -> String {
 }
 
 /// The recent Events and the rate limiter for new Events. Pure: `now` is an argument.
-#[derive(Default)]
 struct EventCorrelator {
-    recorded: HashMap<EventKey, RecordedEvent>,
+    recorded: LruCache<EventKey, RecordedEvent>,
     bucket: TokenBucket,
 }
 
@@ -175,6 +174,10 @@ enum EventDecision {
 }
 
 impl EventCorrelator {
+    fn new() -> Self {
+        Self { recorded: LruCache::new(MAX_RECORDED_EVENTS), bucket: TokenBucket::default() }
+    }
+
     fn record(&mut self, key: EventKey, name: String, now: Instant) -> EventDecision {
         let may_write = self.bucket.try_take(1, EVENT_RATE, now);
         if let Some(event) = self.recorded.get_mut(&key).filter(|event| now.duration_since(event.last) < DEDUP_WINDOW) {
@@ -188,10 +191,6 @@ impl EventCorrelator {
         }
         if !may_write {
             return EventDecision::RateLimited;
-        }
-        if self.recorded.len() >= MAX_RECORDED_EVENTS {
-            let oldest = self.recorded.iter().min_by_key(|(_, event)| event.last).map(|(key, _)| key.clone());
-            oldest.and_then(|key| self.recorded.remove(&key));
         }
         self.recorded.insert(key, RecordedEvent { name: name.clone(), count: 1, last: now });
         EventDecision::Create { name }
@@ -218,7 +217,7 @@ mod tests {
     #[test]
     fn repetitions_are_counted_on_the_first_event() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::default();
+        let mut correlator = EventCorrelator::new();
         let mut record = |note, name: &str, after| correlator.record(key(1, note), name.into(), start + after);
         assert_eq!(record("none", "a", Duration::ZERO), created("a"));
         assert_eq!(record("none", "b", DEDUP_WINDOW / 2), EventDecision::UpdateCount { name: "a".into(), count: 2 });
@@ -231,7 +230,7 @@ mod tests {
     #[test]
     fn an_outage_with_110_pods_is_reported_at_a_bounded_rate() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::default();
+        let mut correlator = EventCorrelator::new();
         let mut record = |pod| correlator.record(key(pod, "none"), String::new(), start);
         let written = (0..110).filter(|&pod| record(pod) != EventDecision::RateLimited).count();
         assert_eq!(written, EVENT_RATE.burst as usize);
@@ -249,7 +248,7 @@ mod tests {
     #[test]
     fn a_deferred_count_is_part_of_the_next_update() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::default();
+        let mut correlator = EventCorrelator::new();
         for pod in 0..EVENT_RATE.burst as usize {
             correlator.record(key(pod, "none"), "a".into(), start);
         }
@@ -261,7 +260,7 @@ mod tests {
     #[test]
     fn an_idle_hour_saves_up_no_more_than_a_burst() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::default();
+        let mut correlator = EventCorrelator::new();
         correlator.bucket.refill(EVENT_RATE, start);
         let later = start + Duration::from_secs(3600);
         let written = (0..100)
@@ -273,7 +272,7 @@ mod tests {
     #[test]
     fn the_number_of_recorded_events_is_bounded() {
         let start = Instant::now();
-        let mut correlator = EventCorrelator::default();
+        let mut correlator = EventCorrelator::new();
         for pod in 0..MAX_RECORDED_EVENTS + 10 {
             let now = start + EVENT_RATE.period * u32::try_from(pod).unwrap() / 10;
             correlator.bucket = TokenBucket::default();

@@ -3,11 +3,11 @@
 //! A watch of every namespace from each of a thousand nodes would be a thousand watches of objects
 //! that change once a month. Not here: the requests.
 
-use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hashlink::LruCache;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -24,15 +24,11 @@ const STALE_IF_ERROR: Duration = Duration::from_secs(15 * 60);
 /// Responses by key. Concurrent lookups of one key share one request.
 pub(super) struct ResponseCache<K, V> {
     ttl: Duration,
-    max_entries: usize,
-    slots: Mutex<HashMap<K, CacheSlot<V>>>,
+    slots: Mutex<LruCache<K, CacheSlot<V>>>,
 }
 
-struct CacheSlot<V> {
-    used: Instant,
-    /// Locked during the request, so that all other lookups of the key wait for its result.
-    state: Arc<tokio::sync::Mutex<CachedResult<V>>>,
-}
+/// Locked during the request, so that all other lookups of the key wait for its result.
+type CacheSlot<V> = Arc<tokio::sync::Mutex<CachedResult<V>>>;
 
 struct CachedResult<V> {
     response: Option<(Instant, V)>,
@@ -55,10 +51,10 @@ impl<V: Clone> CachedResult<V> {
     }
 }
 
-impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
+impl<K: Eq + Hash, V: Clone> ResponseCache<K, V> {
     /// A response is valid for `fresh`. Above `most` keys the least recently used key is evicted.
     pub(super) fn new(ttl: Duration, max_entries: usize) -> Self {
-        Self { ttl, max_entries, slots: Mutex::default() }
+        Self { ttl, slots: Mutex::new(LruCache::new(max_entries)) }
     }
 
     /// The cached response, or the result of `fetch`, which is polled only without a valid
@@ -67,8 +63,8 @@ impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
     /// [`ApiError::NotFound`] removes the cached response. [`ApiError::Forbidden`] is returned and
     /// leaves the response in the cache: rights come and go while an API server starts.
     pub(super) async fn get(&self, key: K, fetch: impl Future<Output = Result<V, ApiError>>) -> Result<V, ApiError> {
-        let state = self.slot(key);
-        let mut state = state.lock().await;
+        let slot = self.slot(key);
+        let mut state = slot.lock().await;
         if let Some(response) = state.response_within(self.ttl) {
             return Ok(response);
         }
@@ -94,15 +90,11 @@ impl<K: Clone + Eq + Hash, V: Clone> ResponseCache<K, V> {
         }
     }
 
-    fn slot(&self, key: K) -> Arc<tokio::sync::Mutex<CachedResult<V>>> {
+    fn slot(&self, key: K) -> CacheSlot<V> {
         let mut slots = self.slots.lock();
-        if !slots.contains_key(&key) && slots.len() >= self.max_entries {
-            let oldest = slots.iter().min_by_key(|(_, slot)| slot.used).map(|(key, _)| key.clone());
-            oldest.and_then(|key| slots.remove(&key));
-        }
-        let slot = slots.entry(key).or_insert_with(|| CacheSlot { used: Instant::now(), state: Arc::default() });
-        slot.used = Instant::now();
-        slot.state.clone()
+        let slot = slots.get(&key).cloned().unwrap_or_default();
+        slots.insert(key, Arc::clone(&slot));
+        slot
     }
 }
 

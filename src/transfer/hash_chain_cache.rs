@@ -4,10 +4,11 @@
 //! Only requests compute a chain: each hashes a slice while no other does, and hashing stops with
 //! the last request. Not here: the chains of partial blobs, which are fetched with them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use hashlink::LruCache;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
 use tokio::task::spawn_blocking;
@@ -40,19 +41,10 @@ pub(super) struct HashChainCache {
     read_timeout: Duration,
 }
 
-#[derive(Default)]
 struct CacheTable {
-    cached: HashMap<Digest, CachedHashChain>,
-    /// Digests by last use.
-    by_last_use: BTreeMap<u64, Digest>,
-    uses: u64,
+    cached: LruCache<Digest, Arc<HashChain>>,
     bytes: usize,
     pending: HashMap<Digest, Weak<PendingHashChain>>,
-}
-
-struct CachedHashChain {
-    chain: Arc<HashChain>,
-    last_use: u64,
 }
 
 pub(super) enum HashChainLookup {
@@ -94,7 +86,8 @@ pub(super) struct StateBatch {
 
 impl HashChainCache {
     pub(super) fn new(read_timeout: Duration) -> Self {
-        Self { table: Mutex::default(), hashing_permits: Arc::new(Semaphore::new(MAX_HASHING)), read_timeout }
+        let table = CacheTable { cached: LruCache::new_unbounded(), bytes: 0, pending: HashMap::new() };
+        Self { table: Mutex::new(table), hashing_permits: Arc::new(Semaphore::new(MAX_HASHING)), read_timeout }
     }
 
     /// Caches the chain of a verified blob.
@@ -108,8 +101,8 @@ impl HashChainCache {
             return Some(HashChainLookup::Cached(Arc::new(empty)));
         }
         let mut table = self.lock();
-        if let Some(chain) = table.get(digest).filter(|chain| chain.layout() == layout) {
-            return Some(HashChainLookup::Cached(chain));
+        if let Some(chain) = table.cached.get(&digest).filter(|chain| chain.layout() == layout) {
+            return Some(HashChainLookup::Cached(Arc::clone(chain)));
         }
         if let Some(pending) =
             table.pending.get(&digest).and_then(Weak::upgrade).filter(|pending| pending.layout == layout)
@@ -240,32 +233,14 @@ impl HashingProgress {
 }
 
 impl CacheTable {
-    fn get(&mut self, digest: Digest) -> Option<Arc<HashChain>> {
-        self.uses += 1;
-        let entry = self.cached.get_mut(&digest)?;
-        self.by_last_use.remove(&std::mem::replace(&mut entry.last_use, self.uses));
-        self.by_last_use.insert(self.uses, digest);
-        Some(entry.chain.clone())
-    }
-
     fn insert(&mut self, chain: Arc<HashChain>) {
-        let digest = chain.digest();
-        self.remove(digest);
-        self.uses += 1;
         self.bytes += cost(&chain);
-        self.by_last_use.insert(self.uses, digest);
-        self.cached.insert(digest, CachedHashChain { chain, last_use: self.uses });
+        let replaced = self.cached.insert(chain.digest(), chain);
+        self.bytes -= replaced.map_or(0, |chain| cost(&chain));
         while self.bytes > MAX_CACHED_BYTES
-            && let Some((_, oldest)) = self.by_last_use.first_key_value()
+            && let Some((_, oldest)) = self.cached.remove_lru()
         {
-            self.remove(*oldest);
-        }
-    }
-
-    fn remove(&mut self, digest: Digest) {
-        if let Some(entry) = self.cached.remove(&digest) {
-            self.by_last_use.remove(&entry.last_use);
-            self.bytes -= cost(&entry.chain);
+            self.bytes -= cost(&oldest);
         }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! Not here: the order of requests ([`super::UploadSlots`]).
 
-use std::collections::HashMap;
+use hashlink::LruCache;
 
 use crate::oci::{Digest, MAX_PIECES};
 
@@ -12,43 +12,40 @@ use crate::oci::{Digest, MAX_PIECES};
 const MAX_COUNTED: usize = 2 * MAX_PIECES as usize;
 
 /// Send counts of each piece, for the most recently requested blobs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct SendCounts {
-    blobs: HashMap<Digest, BlobCounts>,
+    blobs: LruCache<Digest, Vec<u8>>,
     counted: usize,
-    /// Incremented by each choice.
-    clock: u64,
 }
 
-#[derive(Debug, Default)]
-struct BlobCounts {
-    times: Vec<u8>,
-    used: u64,
+impl Default for SendCounts {
+    fn default() -> Self {
+        Self { blobs: LruCache::new_unbounded(), counted: 0 }
+    }
 }
 
 impl SendCounts {
     /// The `most` least sent pieces among the requested ones that are here; equal counts keep the
     /// requested order. The pieces count as sent, so the caller should be ready to send.
     pub fn choose(&mut self, digest: Digest, requested: &[u32], limit: usize, has: impl Fn(u32) -> bool) -> Vec<u32> {
-        self.clock += 1;
         let exists = |piece: &u32| u64::from(*piece) < MAX_PIECES && has(*piece);
         let mut pieces: Vec<_> = requested.iter().copied().filter(exists).collect();
         let length = pieces.iter().max().map_or(0, |last| *last as usize + 1);
-        let counts = self.blobs.entry(digest).or_default();
-        counts.used = self.clock;
-        if counts.times.len() < length {
-            self.counted += length - counts.times.len();
-            counts.times.resize(length, 0);
+        let mut times = self.blobs.remove(&digest).unwrap_or_default();
+        if times.len() < length {
+            self.counted += length - times.len();
+            times.resize(length, 0);
         }
-        pieces.sort_by_key(|piece| counts.times[*piece as usize]);
+        pieces.sort_by_key(|piece| times[*piece as usize]);
         pieces.dedup();
         pieces.truncate(limit);
         for piece in &pieces {
-            if counts.times[*piece as usize] == u8::MAX {
-                counts.times.iter_mut().for_each(|times| *times /= 2);
+            if times[*piece as usize] == u8::MAX {
+                times.iter_mut().for_each(|times| *times /= 2);
             }
-            counts.times[*piece as usize] += 1;
+            times[*piece as usize] += 1;
         }
+        self.blobs.insert(digest, times);
         self.evict_oldest();
         pieces
     }
@@ -56,11 +53,8 @@ impl SendCounts {
     /// Evicts the least recently requested blobs.
     fn evict_oldest(&mut self) {
         while self.counted > MAX_COUNTED || self.blobs.len() > MAX_COUNTED / 256 {
-            let Some(oldest) = self.blobs.iter().min_by_key(|(_, counts)| counts.used).map(|(digest, _)| *digest)
-            else {
-                return;
-            };
-            self.counted -= self.blobs.remove(&oldest).map_or(0, |counts| counts.times.len());
+            let Some((_, oldest)) = self.blobs.remove_lru() else { return };
+            self.counted -= oldest.len();
         }
     }
 }
@@ -96,7 +90,7 @@ mod tests {
             sent.choose(Digest::of(&n.to_le_bytes()), &[n % 9 * 10_000], 1, |_| true);
             assert!(sent.counted <= MAX_COUNTED);
         }
-        let total: usize = sent.blobs.values().map(|counts| counts.times.len()).sum();
+        let total: usize = sent.blobs.iter().map(|(_, times)| times.len()).sum();
         assert_eq!(total, sent.counted);
     }
 }
