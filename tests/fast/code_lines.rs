@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// Capabilities with the modules of each, below `src`. The longest matching path decides.
-const CAPABILITIES: [(&str, &[&str]); 11] = [
+const CAPABILITIES: [(&str, &[&str]); 12] = [
     (
         "mesh",
         &[
@@ -102,6 +102,7 @@ const CAPABILITIES: [(&str, &[&str]); 11] = [
     ("testing", &["testing"]),
     ("agent", &["agent", "lib"]),
     ("oci", &["oci", "model", "ports"]),
+    ("util", &["util"]),
 ];
 
 /// The capability of a source file, by its path below `src` without `.rs`.
