@@ -5,8 +5,6 @@
 //! either: the client does not read `HTTPS_PROXY` and similar variables. The caller bounds the time
 //! of a request by a timeout.
 
-#[cfg(test)]
-pub(crate) mod test_server;
 mod tls;
 
 use std::error::Error;
@@ -294,4 +292,4 @@ impl HttpError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,7 +1,9 @@
+pub(crate) mod server;
+
 use std::io::Write;
 
-use super::test_server::{HttpTestServer, Reply, reply};
 use super::*;
+use server::{HttpTestServer, Reply, reply};
 
 fn url(scheme: &str, server: &HttpTestServer) -> Url {
     Url::parse(&format!("{scheme}://{}/path?query", server.host_port())).unwrap()
