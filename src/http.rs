@@ -5,8 +5,6 @@
 //! either: the client does not read `HTTPS_PROXY` and similar variables. The caller bounds the time
 //! of a request by a timeout.
 
-#[cfg(test)]
-pub(crate) mod test_server;
 mod tls;
 
 use std::error::Error;
@@ -215,18 +213,22 @@ impl HttpResponse {
     }
 }
 
+async fn dial(host: Host<&str>, port: u16) -> Result<TcpStream, HttpError> {
+    match host {
+        Host::Ipv4(address) => connect_first(vec![(address, port).into()]).await,
+        Host::Ipv6(address) => connect_first(vec![(address, port).into()]).await,
+        Host::Domain(name) => match lookup_host((name, port)).await {
+            Ok(found) => connect_first(interleave_families(found.collect())).await,
+            Err(error) => Err(unreachable(OutageKind::NoSuchHost, error)),
+        },
+    }
+}
+
 /// Connects to the first address that answers. The two families alternate, so that an unreachable
 /// family does not use up the addresses. Each attempt begins [`CONNECTION_ATTEMPT_DELAY`] after the
-/// previous attempt.
-async fn dial(host: Host<&str>, port: u16) -> Result<TcpStream, HttpError> {
-    let addresses: Vec<SocketAddr> = match host {
-        Host::Ipv4(address) => vec![(address, port).into()],
-        Host::Ipv6(address) => vec![(address, port).into()],
-        Host::Domain(name) => match lookup_host((name, port)).await {
-            Ok(found) => interleave_families(found.collect()),
-            Err(error) => return Err(unreachable(OutageKind::NoSuchHost, error)),
-        },
-    };
+/// previous attempt, and goes on beside the next. hyper-util's connector instead waits for each
+/// address of a family, so that one silent address uses up half of a deadline or more.
+async fn connect_first(addresses: Vec<SocketAddr>) -> Result<TcpStream, HttpError> {
     let mut attempts: FuturesUnordered<_> = (0_u32..)
         .zip(addresses.into_iter().take(MAX_ADDRESSES))
         .map(|(position, address)| async move {
@@ -294,4 +296,4 @@ impl HttpError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

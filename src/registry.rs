@@ -129,6 +129,32 @@ impl RegistryClient {
         Ok(RegistryEndpoint { base, insecure })
     }
 
+    /// A request to this path below the repository. The names in `requested` become part of a URL,
+    /// and may have come from a peer.
+    async fn request<'a>(
+        &'a self,
+        requested: Reference,
+        repository: &'a Repository,
+        path: &str,
+    ) -> Result<RegistryRequest<'a>, RegistryError> {
+        let registry = &repository.registry;
+        if requested.to_string().parse() != Ok(requested) {
+            let reason = "the requested name is no image reference".to_owned();
+            return Err(RegistryError::InvalidResponse { registry: registry.clone(), reason });
+        }
+        let endpoint = self.endpoint(registry).await.map_err(|failure| resolve::registry_error(registry, failure))?;
+        Ok(RegistryRequest::new(&self.http, endpoint, repository, path))
+    }
+
+    async fn within_resolve_limit<T, E: From<RegistryError>>(
+        &self,
+        registry: &str,
+        reply: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let down = RegistryError::Down { registry: registry.to_owned(), kind: OutageKind::TimedOut };
+        timeout(self.resolve_limit, reply).await.unwrap_or_else(|_| Err(down.into()))
+    }
+
     async fn ping_status(&self, registry: &str) -> Result<hyper::StatusCode, HttpError> {
         let mut url = self.endpoint(registry).await?.base;
         url.set_path("/v2/");
@@ -163,20 +189,12 @@ impl Registry for RegistryClient {
         tag: &str,
         secrets: &[PullSecret],
     ) -> Result<Digest, RegistryError> {
-        let registry = &repository.registry;
-        // Repository and tag become part of a URL, and may have come from a peer.
         let requested = Reference::Tag(repository.clone(), tag.to_owned());
-        if requested.to_string().parse() != Ok(requested) {
-            let reason = "the requested name is no image reference".to_owned();
-            return Err(RegistryError::InvalidResponse { registry: registry.clone(), reason });
-        }
         let resolved = async {
-            let endpoint =
-                self.endpoint(registry).await.map_err(|failure| resolve::registry_error(registry, failure))?;
-            RegistryRequest::for_tag(&self.http, endpoint, repository, tag).resolve(secrets).await
+            let path = format!("manifests/{tag}");
+            self.request(requested, repository, &path).await?.resolve(secrets).await
         };
-        let on_timeout = |_| Err(RegistryError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
-        timeout(self.resolve_limit, resolved).await.unwrap_or_else(on_timeout)
+        self.within_resolve_limit(&repository.registry, resolved).await
     }
 
     async fn fetch_blob(
@@ -189,17 +207,11 @@ impl Registry for RegistryClient {
     ) -> Result<BlobProof, RegistryFetchError> {
         let registry = &repository.registry;
         let requested = Reference::Digest(repository.clone(), digest);
-        if requested.to_string().parse() != Ok(requested) {
-            let reason = "the requested name is no image reference".to_owned();
-            return Err(RegistryFetchError::WrongBytes { registry: registry.clone(), reason });
-        }
         let opened = async {
-            let endpoint =
-                self.endpoint(registry).await.map_err(|failure| resolve::registry_error(registry, failure))?;
-            RegistryRequest::for_blob(&self.http, endpoint, repository, digest).open_blob(secrets).await
+            let path = format!("blobs/{digest}");
+            self.request(requested, repository, &path).await?.open_blob(secrets).await
         };
-        let on_timeout = |_| Err(RegistryFetchError::Down { registry: registry.clone(), kind: OutageKind::TimedOut });
-        let answer = timeout(self.resolve_limit, opened).await.unwrap_or_else(on_timeout)?;
+        let answer = self.within_resolve_limit(registry, opened).await?;
         blob::BlobReceiver::new(registry, digest, size, self.stall_limit).receive(answer, sink).await
     }
 }

@@ -1,7 +1,11 @@
+pub(crate) mod server;
+
 use std::io::Write;
 
-use super::test_server::{HttpTestServer, Reply, reply};
+use tokio::time::timeout;
+
 use super::*;
+use server::{HttpTestServer, Reply, reply};
 
 fn url(scheme: &str, server: &HttpTestServer) -> Url {
     Url::parse(&format!("{scheme}://{}/path?query", server.host_port())).unwrap()
@@ -118,4 +122,18 @@ fn address_families_are_interleaved() {
     let found = addresses("[::1]:1 [::2]:1 [::3]:1 1.0.0.1:1");
     assert_eq!(interleave_families(found), addresses("[::1]:1 1.0.0.1:1 [::2]:1 [::3]:1"));
     assert_eq!(interleave_families(addresses("1.0.0.1:1 1.0.0.2:1")), addresses("1.0.0.1:1 1.0.0.2:1"));
+}
+
+#[tokio::test]
+async fn a_silent_address_delays_the_next_address_by_one_attempt_delay() {
+    // Linux drops connection attempts while the queue of the listener is full.
+    let silent = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    silent.bind(&SocketAddr::from(([127, 0, 0, 2], 0)).into()).unwrap();
+    silent.listen(0).unwrap();
+    let silent_address = silent.local_addr().unwrap().as_socket().unwrap();
+    let _queued = std::net::TcpStream::connect(silent_address).unwrap();
+    let server = HttpTestServer::start(|_| reply(200, &[], b"")).await;
+    let answering = server.host_port().parse().unwrap();
+    let connected = timeout(Duration::from_secs(20), connect_first(vec![silent_address, answering])).await;
+    assert_eq!(connected.expect("the second attempt").unwrap().peer_addr().unwrap(), answering);
 }

@@ -58,7 +58,8 @@ pub(super) trait RegistryQuery {
     ) -> impl Future<Output = Result<QueryReply<Self::Output>, RegistryError>> + Send;
 }
 
-/// The query for the digest of a tag.
+/// The query for the digest of a tag: HEAD, which registries do not count as a pull, and GET where
+/// HEAD gives no digest.
 struct TagQuery;
 
 impl RegistryQuery for TagQuery {
@@ -68,7 +69,34 @@ impl RegistryQuery for TagQuery {
         request: &RegistryRequest<'_>,
         authorization: Option<&HeaderValue>,
     ) -> Result<QueryReply<Digest>, RegistryError> {
-        request.fetch_digest(authorization).await
+        let (head, redirected) =
+            request.send_following_redirects(Method::HEAD, MANIFEST_MEDIA_TYPES, authorization).await?;
+        match head.status {
+            StatusCode::OK => {
+                if let Some(digest) = request.digest_from_headers(&head.headers)? {
+                    return Ok(QueryReply::Success(digest));
+                }
+            }
+            StatusCode::METHOD_NOT_ALLOWED => {}
+            _ => return request.unsuccessful_reply(&head, redirected),
+        }
+        let (answer, redirected) =
+            request.send_following_redirects(Method::GET, MANIFEST_MEDIA_TYPES, authorization).await?;
+        if answer.status != StatusCode::OK {
+            return request.unsuccessful_reply(&answer, redirected);
+        }
+        let header_digest = request.digest_from_headers(&answer.headers)?;
+        let content = request.read(answer, MAX_DOCUMENT_BYTES as usize).await?;
+        if Document::parse(&content).is_err() {
+            return Err(request.invalid_response("a body that is no manifest"));
+        }
+        let digest = Digest::of(&content);
+        match header_digest {
+            Some(header_digest) if header_digest != digest => {
+                Err(request.invalid_response("a manifest with the digest of another"))
+            }
+            _ => Ok(QueryReply::Success(digest)),
+        }
     }
 }
 
@@ -88,22 +116,10 @@ pub(super) fn registry_error(registry: &str, failure: HttpError) -> RegistryErro
 }
 
 impl<'a> RegistryRequest<'a> {
-    /// The caller has validated both names, which become part of a URL.
-    pub(super) fn for_tag(http: &'a Client, endpoint: RegistryEndpoint, repository: &'a Repository, tag: &str) -> Self {
+    /// The caller has validated the names in `path`, which is relative to the repository.
+    pub(super) fn new(http: &'a Client, endpoint: RegistryEndpoint, repository: &'a Repository, path: &str) -> Self {
         let mut url = endpoint.base.clone();
-        url.set_path(&format!("/v2/{}/manifests/{tag}", repository.path));
-        Self { http, endpoint, repository, url }
-    }
-
-    /// The caller has validated the repository's name.
-    pub(super) fn for_blob(
-        http: &'a Client,
-        endpoint: RegistryEndpoint,
-        repository: &'a Repository,
-        digest: Digest,
-    ) -> Self {
-        let mut url = endpoint.base.clone();
-        url.set_path(&format!("/v2/{}/blobs/{digest}", repository.path));
+        url.set_path(&format!("/v2/{}/{path}", repository.path));
         Self { http, endpoint, repository, url }
     }
 
@@ -155,38 +171,6 @@ impl<'a> RegistryRequest<'a> {
         }
     }
 
-    /// Sends HEAD, which registries do not count as a pull, and GET where HEAD gives no digest.
-    async fn fetch_digest(&self, authorization: Option<&HeaderValue>) -> Result<QueryReply<Digest>, RegistryError> {
-        let (head, redirected) =
-            self.send_following_redirects(Method::HEAD, MANIFEST_MEDIA_TYPES, authorization).await?;
-        match head.status {
-            StatusCode::OK => {
-                if let Some(digest) = self.digest_from_headers(&head.headers)? {
-                    return Ok(QueryReply::Success(digest));
-                }
-            }
-            StatusCode::METHOD_NOT_ALLOWED => {}
-            _ => return self.unsuccessful_reply(&head, redirected),
-        }
-        let (answer, redirected) =
-            self.send_following_redirects(Method::GET, MANIFEST_MEDIA_TYPES, authorization).await?;
-        if answer.status != StatusCode::OK {
-            return self.unsuccessful_reply(&answer, redirected);
-        }
-        let header_digest = self.digest_from_headers(&answer.headers)?;
-        let content = self.read(answer, MAX_DOCUMENT_BYTES as usize).await?;
-        if Document::parse(&content).is_err() {
-            return Err(self.invalid_response("a body that is no manifest"));
-        }
-        let digest = Digest::of(&content);
-        match header_digest {
-            Some(header_digest) if header_digest != digest => {
-                Err(self.invalid_response("a manifest with the digest of another"))
-            }
-            _ => Ok(QueryReply::Success(digest)),
-        }
-    }
-
     /// The digest in the headers of a successful reply, if any.
     fn digest_from_headers(&self, headers: &HeaderMap) -> Result<Option<Digest>, RegistryError> {
         if is_html_page(headers) {
@@ -208,14 +192,14 @@ impl<'a> RegistryRequest<'a> {
             401 if !redirected => Ok(QueryReply::Unauthorized(challenge::preferred_challenge(&answer.headers))),
             // No registry sends a page: another server has the registry's name.
             404 if is_html_page(&answer.headers) => Err(self.invalid_response("an HTML page instead of a reply")),
-            404 => Err(RegistryError::NotFound(self.repository.registry.clone())),
+            404 => Err(RegistryError::NotFound(self.registry())),
             _ => Err(self.status_error(answer.status)),
         }
     }
 
     /// The error for a status of any server.
     fn status_error(&self, status: StatusCode) -> RegistryError {
-        let registry = self.repository.registry.clone();
+        let registry = self.registry();
         match status.as_u16() {
             401 | 403 => RegistryError::Denied(registry),
             429 => RegistryError::RateLimited(registry),
@@ -327,11 +311,11 @@ impl<'a> RegistryRequest<'a> {
     }
 
     fn denied(&self) -> RegistryError {
-        RegistryError::Denied(self.repository.registry.clone())
+        RegistryError::Denied(self.registry())
     }
 
     fn invalid_response(&self, reason: impl std::fmt::Display) -> RegistryError {
-        RegistryError::InvalidResponse { registry: self.repository.registry.clone(), reason: reason.to_string() }
+        RegistryError::InvalidResponse { registry: self.registry(), reason: reason.to_string() }
     }
 }
 

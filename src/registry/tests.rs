@@ -9,7 +9,7 @@ use std::io::Write;
 use serde_json::json;
 
 use super::*;
-use crate::http::test_server::{HttpTestServer, ReceivedRequest, Reply, reply};
+use crate::http::tests::server::{HttpTestServer, ReceivedRequest, Reply, reply};
 
 /// For servers that answer; a slow machine must not fail a test.
 const LONG_TIMEOUT: Duration = Duration::from_secs(60);

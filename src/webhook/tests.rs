@@ -3,7 +3,7 @@ use std::fs;
 use sha2::{Digest as _, Sha256};
 
 use super::*;
-use crate::http::test_server::{HttpTestServer, Reply, reply};
+use crate::http::tests::server::{HttpTestServer, Reply, reply};
 
 const SECRET: &[u8] = b"0123456789abcdef";
 
