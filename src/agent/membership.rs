@@ -22,9 +22,10 @@ use self::udp_watch::UdpWatch;
 use super::context::AgentContext;
 use super::part::{Part, Tasks};
 use super::recovery::downloads::Downloads;
+use crate::control::{ClockStatus, ImagesStatus};
 use crate::mesh::{MembershipEvent, Mesh};
 use crate::model::{Outage, Peer, Zone};
-use crate::ports::{Admission, ClockStatus, Cluster, ContentStore, ImagesStatus, MeshSource};
+use crate::ports::{Admission, Cluster, ContentStore, MeshSource};
 use crate::transfer::Transfer;
 
 /// Parts of the agent that membership uses.

@@ -16,9 +16,10 @@ use self::retainer::{PodImages, Retainer};
 use super::context::AgentContext;
 use super::part::{Part, Tasks};
 use super::recovery::recover::Recoverer;
+use crate::control::{ImagesStatus, OwnImageStatus, RetentionStatus};
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::{RetainLayers, RetainOptions};
-use crate::ports::{Cluster, ContentStore, ImagesStatus, LayerLeases, OwnImageStatus, PodEvent, RetentionStatus};
+use crate::ports::{Cluster, ContentStore, LayerLeases, PodEvent};
 
 /// Parts of the agent that retention uses.
 pub(super) struct RetentionDependencies {

@@ -16,11 +16,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use self::image_scanner::{ImageScan, ImageScanner};
+use crate::control::{ImagesStatus, MAX_NAMES};
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::model::{InventoryChange, InventoryItem, MAX_ITEMS, Outage};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, ContentStore, ImagesStatus, MAX_NAMES, StoreError};
+use crate::ports::{BlobInfo, ContentStore, StoreError};
 
 /// Interval of lists without an event, because collections send none.
 const LIST_PERIOD: Duration = Duration::from_secs(60);

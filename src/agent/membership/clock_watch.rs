@@ -8,10 +8,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::control::ClockStatus;
 use crate::decide::clock_skew::{ClockChange, ClockSkew, LEEWAY};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::ports::{ClockStatus, Cluster, NodeReport, NodeReportKind};
+use crate::ports::{Cluster, NodeReport, NodeReportKind};
 
 /// Attempts for one Event, one at each comparison: an hour and a half or more.
 const REPORT_TRIES: u32 = 20;

@@ -13,10 +13,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::peers::inventory_view::PeerInventory;
+use crate::control::UdpStatus;
 use crate::decide::transport_choice::{MAX_BLOB, MAX_IMAGE};
 use crate::decide::udp_path::{UdpPath, UdpProbe};
 use crate::metrics::Metrics;
-use crate::ports::{MeshSource, UdpStatus};
+use crate::ports::MeshSource;
 use crate::transfer::Transfer;
 
 /// A TCP connection to a node of the same cluster is open within milliseconds.

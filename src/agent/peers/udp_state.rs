@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::ports::UdpStatus;
+use crate::control::UdpStatus;
 
 /// The state of UDP, for status, Events and readiness. Clones share the state.
 #[derive(Debug, Clone, Default)]

@@ -8,10 +8,11 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::control::{ImagesStatus, RetentionStatus};
 use crate::decide::layer_notice::{LayerCounts, LayerNotice, LayerReport, event_text};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::ports::{Cluster, ImagesStatus, NodeReport, NodeReportKind, RetentionStatus};
+use crate::ports::{Cluster, NodeReport, NodeReportKind};
 
 /// Attempts for one Event, [`RETRY_DELAY`] apart: an hour, after which the API server would have
 /// deleted the Event.

@@ -15,9 +15,10 @@ use crate::agent::membership::udp_watch::UdpWatch;
 use crate::agent::pods::pod_notifier::PodNotifier;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::config::loopback;
+use crate::control::UdpStatus;
 use crate::identity::Identity;
 use crate::model::MeshStatus;
-use crate::ports::{MeshSource, NoPartialBlobs, UdpStatus};
+use crate::ports::{MeshSource, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 struct EmptyMesh;
