@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 use crate::ports::MeshSource;
-pub use mesh_table::mesh_table;
+pub use mesh_table::{mesh_summary, mesh_table};
 use server::LimitedServer;
 
 /// A condition of readiness.
