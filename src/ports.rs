@@ -8,6 +8,7 @@ mod claims;
 mod cluster;
 mod connections;
 mod content_store;
+mod dialer;
 mod fetcher;
 mod layer_leases;
 mod mesh;
@@ -28,9 +29,10 @@ pub use content_store::{
     BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord,
     ImportPermission, Pin, Snapshots, StoreError,
 };
+pub use dialer::{DialError, Dialer, ProbeError, Prober};
 pub use fetcher::{FetchError, Fetcher};
 pub use layer_leases::{ContentEvent, LayerLease, LayerLeases, Origin};
-pub use mesh::{MAX_STATUS_MEMBERS, MeshSource};
+pub use mesh::{MAX_STATUS_MEMBERS, MembershipEvent, MeshCommands, MeshSource};
 pub use notifier::{MAX_PODS, Notification, Notifier, NotifyError};
 pub use own_image::{OwnDaemonSet, ProtectedImages};
 pub use pieces::{

@@ -9,12 +9,11 @@ use quinn::Connection;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use super::DialError;
 use super::close_codes::{AGENT_STOPS, DONE, SUPERSEDED, close};
 use super::tuning::BLOBS_PER_PEER;
 use crate::decide::pod_keys::PodKeys;
 use crate::model::{Credential, MAX_MEMBERS, Peer, PeerId};
-use crate::ports::LEEWAY;
+use crate::ports::{DialError, LEEWAY};
 
 /// Entries at most: twice the members of the mesh, because a node that lost its key returns as
 /// another peer.

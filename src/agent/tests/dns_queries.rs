@@ -13,9 +13,9 @@ use crate::admission::StaticAdmission;
 use crate::agent::membership::joiner::{DnsResolver, Joiner};
 use crate::config::loopback;
 use crate::identity::Identity;
-use crate::mesh::{self, MembershipEvent, SharedInventory};
+use crate::mesh::{self, SharedInventory};
 use crate::model::MeshStatus;
-use crate::ports::{MeshSource, NoPartialBlobs};
+use crate::ports::{MembershipEvent, MeshSource, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 const BOOTSTRAP_NAME: &str = "lighterman-peers.lighterman.svc:4701";
@@ -108,8 +108,9 @@ async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
         bootstrap_names: vec![BOOTSTRAP_NAME.to_owned()],
         resolver: resolver.clone(),
         peers_file: folder.path().join("peers.json"),
-        transfer,
-        mesh,
+        transfer_port: transfer.local_addr().port(),
+        dialer: Arc::new(transfer),
+        mesh: Arc::new(mesh),
         mesh_status: Arc::new(NoMesh),
         inventory,
         metrics,

@@ -7,6 +7,7 @@ use super::raw::introduction_of;
 use super::*;
 use crate::mesh::neighbor_budget::RateLimit;
 use crate::model::SyncRequest;
+use crate::ports::MembershipEvent;
 use crate::wire::{self, Message};
 
 const MAJOR: u8 = Versions::GOSSIP.current().version().major;
