@@ -253,6 +253,11 @@ impl Outbound {
         Some(connection.clone())
     }
 
+    /// Whether a connection is open, which then does not count as used.
+    pub(super) fn has_connection(&self) -> bool {
+        lock(&self.connection).as_ref().is_some_and(|(connection, _)| connection.close_reason().is_none())
+    }
+
     /// Stores a new connection. With a live connection in place, the new one is closed.
     pub(super) fn insert(&self, connection: Connection) -> SharedConnection {
         let mut slot = lock(&self.connection);
