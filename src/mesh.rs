@@ -82,7 +82,8 @@ pub enum MeshError {
 
 /// Handle to the mesh task. Cheap to clone.
 ///
-/// The results of calls arrive as [`crate::ports::MembershipEvent`]s. Once the task has ended, calls do nothing.
+/// The results of calls arrive as [`crate::ports::MembershipEvent`]s. Once the task has ended,
+/// calls do nothing.
 #[derive(Debug, Clone)]
 pub struct Mesh {
     commands: mpsc::Sender<Command>,

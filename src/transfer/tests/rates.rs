@@ -1,5 +1,5 @@
-//! The effect of our own rate limits on transfers: every byte passes the limiter, and nothing fails.
-//! The tests of [`crate::transfer::rate_limiter`] show how fast bytes pass.
+//! The effect of our own rate limits on transfers: every byte passes the limiter, and no transfer
+//! fails. The tests of [`crate::transfer::rate_limiter`] show how fast bytes pass.
 
 use futures::future::{join_all, try_join_all};
 
