@@ -2,6 +2,7 @@
 //! This listener authenticates no client, so all pages are read-only and show no secret.
 
 mod mesh;
+mod mesh_table;
 mod server;
 
 use std::net::SocketAddr;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::Metrics;
 use crate::ports::MeshSource;
+pub use mesh_table::{mesh_summary, mesh_table};
 use server::LimitedServer;
 
 /// A condition of readiness.

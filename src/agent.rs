@@ -21,7 +21,7 @@ mod tests;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 pub use self::agent_ports::{AgentPorts, StartError};
 use self::context::AgentContext;
@@ -35,7 +35,7 @@ use self::recovery::downloads::Downloads;
 use self::recovery::fallback_fetcher::FallbackFetcher;
 use self::recovery::progress::RecoveryTracker;
 use self::recovery::suspecting_fetcher::SuspectingFetcher;
-use self::retention::RetentionDependencies;
+use self::retention::{LayerDependencies, RetentionDependencies};
 use self::supervisor::Supervisor;
 use crate::config::Settings;
 use crate::identity::Identity;
@@ -56,9 +56,6 @@ pub struct Agent {
     /// The address of the admin port.
     pub admin: SocketAddr,
 }
-
-/// Pod events between retention and the pod controller: the channel of the pod watch holds a burst.
-const POD_EVENTS_QUEUED: usize = 8;
 
 impl Agent {
     /// Binds every port and starts the tasks. `supervisor` may own tasks already: those of the
@@ -128,7 +125,7 @@ impl Agent {
         let (own_zone, zone_changes) = watch::channel(zone.clone());
         let (image_records_in, image_records) = watch::channel(None);
         let (images_in, images) = watch::channel(None);
-        let (forward, forwarded_events) = mpsc::channel(POD_EVENTS_QUEUED);
+        let (layers, pod_events) = LayerDependencies::new(&retain, layer_leases, pod_events);
 
         let network = NetworkDependencies {
             transfer,
@@ -177,7 +174,7 @@ impl Agent {
             notifier,
             probe_registries,
             image_records,
-            events: forwarded_events,
+            events: pod_events,
         };
         let pods = pods::build(&context, pods);
 
@@ -187,11 +184,9 @@ impl Agent {
             healthy_registries: pods.handle.healthy_registries,
             store: Arc::clone(&store),
             cluster: Arc::clone(&cluster),
-            layer_leases,
+            layers,
             own_image,
             images: images.clone(),
-            events: pod_events,
-            forward,
         };
         let retention = retention::build(&context, retention);
 

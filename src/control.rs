@@ -7,7 +7,9 @@
 //! closing the connection. There are no other verbs. Not here: the work behind the requests.
 
 mod client;
+mod pull;
 mod socket;
+mod status;
 #[cfg(test)]
 mod tests;
 mod write_timeout;
@@ -35,11 +37,15 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::oci::Reference;
-use crate::ports::{PullProgress, PullRequest, StatusSource};
 
 pub use client::{Client, ClientError, PullStream};
+pub use pull::{MAX_NAMES, PullFailure, PullProgress, PullRequest};
 pub use socket::BindError;
 use socket::ControlSocket;
+pub use status::{
+    BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, NextImageStatus, OutageStatus,
+    OwnImageStatus, PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, StatusSource, UdpStatus,
+};
 use write_timeout::WriteTimeoutStream;
 
 /// Two operators with a few shells each, and as many again; each connection costs some 20 KiB.

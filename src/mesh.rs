@@ -37,6 +37,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use futures::StreamExt;
 use libp2p::core::transport::TransportError;
 use libp2p::multiaddr::{Multiaddr, Protocol};
@@ -51,7 +52,7 @@ use crate::decide::gossip::{self, LocalAgent};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{Credential, InventoryChange, MeshStatus, NodeName, Peer, PeerId, Release, Zone};
-use crate::ports::Admission;
+use crate::ports::{Admission, MeshCommands};
 use crate::util::clock;
 use crate::wire::{Request, Versions};
 pub use ranges::{RangeError, RangeResponse, RangeServer};
@@ -81,22 +82,10 @@ pub enum MeshError {
     Stack(String),
 }
 
-/// An event of the mesh for the agent. Inventories go into [`SharedInventory`] instead.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum MembershipEvent {
-    /// The agent can fetch from this peer, from now on or at another address.
-    Up(Peer),
-    /// The agent cannot fetch from this peer any more.
-    Down(PeerId),
-    /// The agent should dial this peer, to admit the peer or to report the peer as unreachable.
-    Handshake(Peer),
-    /// The agent of this node uses the same key as this agent.
-    SharedKey(NodeName),
-}
-
 /// Handle to the mesh task. Cheap to clone.
 ///
-/// The results of calls arrive as [`MembershipEvent`]s. Once the task has ended, calls do nothing.
+/// The results of calls arrive as [`crate::ports::MembershipEvent`]s. Once the task has ended,
+/// calls do nothing.
 #[derive(Debug, Clone)]
 pub struct Mesh {
     commands: mpsc::Sender<Command>,
@@ -141,49 +130,9 @@ impl ConnectedPeers {
 const MAX_COMMANDS: usize = 64;
 
 impl Mesh {
-    /// The peer was admitted for `life`. A repeated call may bring a new address.
-    pub async fn admit(&self, peer: Peer, life: Duration) {
-        self.send(Command::Admit(peer, life)).await;
-    }
-
-    /// Closes this peer's connections, and accepts no connection until the peer is admitted again.
-    pub async fn revoke_admission(&self, peer: PeerId) {
-        self.send(Command::RevokeAdmission(peer)).await;
-    }
-
-    /// The peer's transfer port did not answer.
-    pub async fn report_unreachable(&self, peer: PeerId) {
-        self.send(Command::Unreachable(peer)).await;
-    }
-
-    /// The peer is not silent, but was not admitted: another agent answered at the address, the
-    /// handshake failed, or the dial was not queued.
-    pub async fn report_rejection(&self, peer: PeerId) {
-        self.send(Command::Rejected(peer)).await;
-    }
-
     /// A fetch from this peer failed without an answer.
     pub async fn suspect(&self, peer: PeerId) {
         self.send(Command::Suspect(peer)).await;
-    }
-
-    /// Announces changes of this node's content. A change without effect is not announced, so a
-    /// repeated call does no harm.
-    pub async fn announce(&self, changes: Vec<InventoryChange>) {
-        self.send(Command::Announce(changes)).await;
-    }
-
-    /// Sets the agent's introduction: credential, transfer and gossip addresses, and the zone if
-    /// the cluster has zones. Before the first call the agent cannot join; each change of these
-    /// values needs another call.
-    pub async fn introduce(
-        &self,
-        credential: Credential,
-        transfer: SocketAddr,
-        gossip: SocketAddr,
-        zone: Option<Zone>,
-    ) {
-        self.send(Command::Introduce { credential, transfer, gossip, zone }).await;
     }
 
     /// The mesh as this agent sees it; `None` once the task has ended.
@@ -212,6 +161,33 @@ impl Mesh {
     async fn send(&self, command: Command) {
         // The send fails only after the end of the task, which the supervisor notices.
         let _ = self.commands.send(command).await;
+    }
+}
+
+#[async_trait]
+impl MeshCommands for Mesh {
+    async fn admit(&self, peer: Peer, life: Duration) {
+        self.send(Command::Admit(peer, life)).await;
+    }
+
+    async fn revoke_admission(&self, peer: PeerId) {
+        self.send(Command::RevokeAdmission(peer)).await;
+    }
+
+    async fn report_unreachable(&self, peer: PeerId) {
+        self.send(Command::Unreachable(peer)).await;
+    }
+
+    async fn report_rejection(&self, peer: PeerId) {
+        self.send(Command::Rejected(peer)).await;
+    }
+
+    async fn announce(&self, changes: Vec<InventoryChange>) {
+        self.send(Command::Announce(changes)).await;
+    }
+
+    async fn introduce(&self, credential: Credential, transfer: SocketAddr, gossip: SocketAddr, zone: Option<Zone>) {
+        self.send(Command::Introduce { credential, transfer, gossip, zone }).await;
     }
 }
 

@@ -7,7 +7,6 @@ mod gossip;
 mod inventory;
 mod lease;
 mod mesh_status;
-mod mesh_table;
 mod outage;
 mod peer;
 mod pieces;

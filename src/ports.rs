@@ -8,9 +8,10 @@ mod claims;
 mod cluster;
 mod connections;
 mod content_store;
-mod control;
+mod dialer;
 mod fetcher;
 mod layer_leases;
+mod mesh;
 mod notifier;
 mod own_image;
 mod pieces;
@@ -28,13 +29,10 @@ pub use content_store::{
     BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord,
     ImportPermission, Pin, Snapshots, StoreError,
 };
-pub use control::{
-    BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_NAMES, MAX_STATUS_MEMBERS, MeshSource,
-    NextImageStatus, OutageStatus, OwnImageStatus, PolicyFileStatus, PullFailure, PullProgress, PullRequest,
-    RecoveryStatus, RetentionStatus, Status, StatusSource, UdpStatus,
-};
+pub use dialer::{DialError, Dialer, ProbeError, Prober};
 pub use fetcher::{FetchError, Fetcher};
 pub use layer_leases::{ContentEvent, LayerLease, LayerLeases, Origin};
+pub use mesh::{MAX_STATUS_MEMBERS, MembershipEvent, MeshCommands, MeshSource};
 pub use notifier::{MAX_PODS, Notification, Notifier, NotifyError};
 pub use own_image::{OwnDaemonSet, ProtectedImages};
 pub use pieces::{

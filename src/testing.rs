@@ -5,16 +5,20 @@
 
 pub mod contract;
 pub(crate) mod decompress;
+mod dialer;
 mod fetcher;
 mod memory_store;
+mod mesh;
 mod notifier;
 mod stopping_store;
 
 use crate::decide::policy::Policy;
 
 pub use crate::simulated::{MemoryClaims, MemoryCluster, MemoryRegistry, image};
+pub use dialer::MemoryDialer;
 pub use fetcher::{Behaviour, MemoryFetcher};
 pub use memory_store::MemoryStore;
+pub use mesh::{MemoryIntroduction, MemoryMesh};
 pub use notifier::MemoryNotifier;
 pub use stopping_store::{KillPoint, StoppingStore};
 

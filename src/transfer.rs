@@ -16,6 +16,7 @@ mod dial;
 mod fetch;
 mod hash_chain_cache;
 mod peers;
+mod probe;
 mod rate_limiter;
 mod rejection_log;
 mod serve;
@@ -30,6 +31,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use quinn::{Endpoint, Incoming};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
@@ -38,7 +40,6 @@ use tokio_util::sync::CancellationToken;
 
 pub use binding::{BindError, Config, TransferDependencies};
 pub use congestion::DelayBounded;
-pub use dial::DialError;
 pub use tls::TlsError;
 
 use self::acceptor::HandshakeLimiter;
@@ -51,7 +52,7 @@ use self::upload_queue::UploadQueue;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
 use crate::oci::HashChain;
-use crate::ports::{Admission, AdmittedPeer, ContentStore, PartialBlobs, Rejection};
+use crate::ports::{Admission, AdmittedPeer, ContentStore, DialError, Dialer, PartialBlobs, Rejection};
 use crate::util::clock::unix_time;
 use crate::wire::{Format, Hello, Versions};
 
@@ -129,13 +130,26 @@ impl Transfer {
         let _ = timeout(CLOSE_TIMEOUT, shared.endpoint.wait_idle()).await;
     }
 
-    /// Dials `address`, and keeps the connection and the peer's address. With `expect`, any other
-    /// peer is an error. A connected peer is not dialed again while our verdict about the peer
-    /// lasts.
-    ///
-    /// # Errors
-    /// [`DialError`].
-    pub async fn dial(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, DialError> {
+    /// This node's address, as an admitted peer last reported the address. The peer may be wrong.
+    pub fn observed_address(&self) -> watch::Receiver<Option<IpAddr>> {
+        self.0.observed_address.subscribe()
+    }
+
+    /// The node whose agent last proved this agent's own key.
+    pub fn shared_key(&self) -> watch::Receiver<Option<NodeName>> {
+        self.0.shared_key.subscribe()
+    }
+
+    /// Caches the hash chain of a blob that was fetched and verified here. A request for the chain
+    /// then costs no hashing.
+    pub fn add_hash_chain(&self, chain: Arc<HashChain>) {
+        self.0.hash_chains.insert(chain);
+    }
+}
+
+#[async_trait]
+impl Dialer for Transfer {
+    async fn dial(&self, address: SocketAddr, expect: Option<PeerId>) -> Result<Peer, DialError> {
         let address = canonical(address);
         let known = self.0.peers.connected_at(address, unix_time());
         if let Some(peer) = known.filter(|peer| expect.is_none_or(|expected| expected == peer.id)) {
@@ -153,61 +167,25 @@ impl Transfer {
         Ok(peer)
     }
 
-    /// Whether any UDP packet comes back from `address`: starts a handshake and closes the
-    /// connection at once. An open connection counts as an answer.
-    ///
-    /// # Errors
-    /// [`quinn::ConnectError`] when no packet was sent.
-    pub async fn probe(&self, address: SocketAddr) -> Result<bool, quinn::ConnectError> {
-        let address = canonical(address);
-        if self.0.peers.connected_at(address, unix_time()).is_some() {
-            return Ok(true);
-        }
-        self.0.probe(address).await
+    fn admitted_for(&self, peer: PeerId) -> Duration {
+        self.0.peers.admitted_until(peer).saturating_sub(unix_time())
     }
 
-    /// Records the address of a peer that never dialed this agent. The peer is dialed and admitted
-    /// when a fetch needs the connection. The recorded address of a known peer is replaced.
-    pub fn add_peer_address(&self, peer: &Peer) {
+    fn add_peer_address(&self, peer: &Peer) {
         if let Err(error) = self.0.peers.insert_address(peer) {
             tracing::debug!(peer = %peer.id, %error, "peer address not recorded");
         }
     }
 
-    /// The peers that were admitted in either direction, or whose address was added.
-    pub fn peers(&self) -> Vec<Peer> {
+    fn peers(&self) -> Vec<Peer> {
         self.0.peers.all()
     }
 
-    /// The peer's entry; `None` for an unknown or removed peer.
-    pub fn peer(&self, peer: PeerId) -> Option<Peer> {
+    fn peer(&self, peer: PeerId) -> Option<Peer> {
         self.0.peers.get(peer)
     }
 
-    /// Remaining validity of our last verdict about the peer; zero without a verdict.
-    pub fn admitted_for(&self, peer: PeerId) -> Duration {
-        self.0.peers.admitted_until(peer).saturating_sub(unix_time())
-    }
-
-    /// This node's address, as an admitted peer last reported the address. The peer may be wrong.
-    pub fn observed_address(&self) -> watch::Receiver<Option<IpAddr>> {
-        self.0.observed_address.subscribe()
-    }
-
-    /// The node whose agent last proved this agent's own key.
-    pub fn shared_key(&self) -> watch::Receiver<Option<NodeName>> {
-        self.0.shared_key.subscribe()
-    }
-
-    /// Caches the hash chain of a blob that was fetched and verified here. A request for the chain
-    /// then costs no hashing.
-    pub fn add_hash_chain(&self, chain: Arc<HashChain>) {
-        self.0.hash_chains.insert(chain);
-    }
-
-    /// Drops the peer's address and connections; fetches from the peer end as unreachable. The peer
-    /// may dial this agent again.
-    pub fn remove_peer(&self, peer: PeerId) {
+    fn remove_peer(&self, peer: PeerId) {
         self.0.peers.remove(peer);
     }
 }

@@ -3,8 +3,8 @@
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
+use lighterman::control::PullProgress;
 use lighterman::oci::{Descriptor, PieceLayout, Reference};
-use lighterman::ports::PullProgress;
 use lighterman::testing::image::MadeImage;
 use rand::RngCore;
 use tokio::sync::oneshot;

@@ -15,7 +15,9 @@ use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::{PeerId, PieceRequest};
 use lighterman::oci::{Digest, HashChain, HashChainBuilder, Hasher, PieceHasher, PieceLayout, PieceVerifier};
-use lighterman::ports::{BlobMetadata, ContentStore, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, StoreError};
+use lighterman::ports::{
+    BlobMetadata, ContentStore, Dialer, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, StoreError,
+};
 use lighterman::testing::MemoryStore;
 use lighterman::transfer::{Config, Transfer, TransferDependencies};
 use parking_lot::{Mutex, MutexGuard};

@@ -7,8 +7,8 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lighterman::control::PullProgress;
 use lighterman::oci::Reference;
-use lighterman::ports::PullProgress;
 use lighterman::testing::image::{MadeImage, put_image};
 use tokio::runtime::Builder;
 use tokio::time::{sleep, timeout};

@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use super::AdminState;
+use super::mesh_table::{mesh_summary, mesh_table};
 use crate::model::MeshStatus;
 use crate::ports::MeshSource;
 
@@ -62,7 +63,9 @@ impl MeshPage {
         }
         let CachedStatus { at: _, status, json, table } = cached.as_mut()?;
         let bytes = match as_table {
-            true => table.get_or_insert_with(|| (status.summary().join("\n") + "\n\n" + &status.table()).into()),
+            true => {
+                table.get_or_insert_with(|| (mesh_summary(status).join("\n") + "\n\n" + &mesh_table(status)).into())
+            }
             false => json.get_or_insert_with(|| serde_json::to_vec(status).expect("names and numbers are JSON").into()),
         };
         Some(bytes.clone())

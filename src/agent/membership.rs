@@ -22,9 +22,10 @@ use self::udp_watch::UdpWatch;
 use super::context::AgentContext;
 use super::part::{Part, Tasks};
 use super::recovery::downloads::Downloads;
-use crate::mesh::{MembershipEvent, Mesh};
+use crate::control::{ClockStatus, ImagesStatus};
+use crate::mesh::Mesh;
 use crate::model::{Outage, Peer, Zone};
-use crate::ports::{Admission, ClockStatus, Cluster, ContentStore, ImagesStatus, MeshSource};
+use crate::ports::{Admission, Cluster, ContentStore, MembershipEvent, MeshCommands, MeshSource};
 use crate::transfer::Transfer;
 
 /// Parts of the agent that membership uses.
@@ -89,14 +90,15 @@ pub(super) fn build(context: &AgentContext, dependencies: MembershipDependencies
     let AgentContext { node, peer: _, policy: _, options: _, inventory, tracker: _, metrics } = context.clone();
     let mut tasks = Tasks::default();
 
+    let mesh: Arc<dyn MeshCommands> = Arc::new(mesh);
     let volatile_items = VolatileItems { outages, fetching: downloads.announced() };
     let announcer =
-        Announcer::new(store, mesh.clone(), metrics.clone(), store_ready, volatile_items, image_records, images);
+        Announcer::new(store, Arc::clone(&mesh), metrics.clone(), store_ready, volatile_items, image_records, images);
     tasks.add("announce", |stop| announcer.run(stop));
 
     let listen_address = transfer.local_addr();
     let introducer = Introducer {
-        mesh: mesh.clone(),
+        mesh: Arc::clone(&mesh),
         admission,
         cluster: Arc::clone(&cluster),
         zone,
@@ -114,7 +116,8 @@ pub(super) fn build(context: &AgentContext, dependencies: MembershipDependencies
         bootstrap_names: join_addresses,
         resolver: Arc::new(SystemDnsResolver),
         peers_file,
-        transfer: transfer.clone(),
+        dialer: Arc::new(transfer.clone()),
+        transfer_port: listen_address.port(),
         mesh,
         mesh_status: Arc::clone(&mesh_status),
         inventory: inventory.clone(),
@@ -125,8 +128,15 @@ pub(super) fn build(context: &AgentContext, dependencies: MembershipDependencies
     tasks.add("join", |stop| joiner.run(admitted_peers, mesh_events, stop));
 
     let connected = transfer.shared_key();
-    let udp_watch =
-        UdpWatch { transfer, mesh_status, inventory, bootstrap_addresses, ready: udp_ready, metrics: metrics.clone() };
+    let udp_watch = UdpWatch {
+        prober: Arc::new(transfer),
+        transfer_port: listen_address.port(),
+        mesh_status,
+        inventory,
+        bootstrap_addresses,
+        ready: udp_ready,
+        metrics: metrics.clone(),
+    };
     tasks.add("UDP", |stop| udp_watch.run(stop));
 
     let (clock_in, clock) = watch::channel(None);

@@ -13,9 +13,9 @@ use super::recovery::downloads::Downloads;
 use super::recovery::fallback_fetcher::MeshRangeServer;
 use crate::admin::{AdminServer, ReadinessCheck};
 use crate::identity::Identity;
-use crate::mesh::{self, MembershipEvent, Mesh, SharedInventory};
+use crate::mesh::{self, Mesh, SharedInventory};
 use crate::model::Peer;
-use crate::ports::{Admission, ContentStore, MeshSource};
+use crate::ports::{Admission, ContentStore, MembershipEvent, MeshSource};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 /// Bounds of the channels to membership: enough for every peer of a large cluster that comes up at

@@ -17,12 +17,11 @@ use super::context::AgentContext;
 use super::part::{Part, Tasks};
 use super::recovery::recover::Recoverer;
 use crate::control::{self, ControlServer};
+use crate::control::{ClockStatus, ContainerdStatus, ImagesStatus, OwnImageStatus, PolicyFileStatus, RetentionStatus};
 use crate::decide::policy::Policy;
 use crate::metrics::Metrics;
 use crate::model::Outage;
-use crate::ports::{
-    ClockStatus, ContainerdStatus, ImagesStatus, MeshSource, OwnImageStatus, PolicyFileStatus, RetentionStatus,
-};
+use crate::ports::MeshSource;
 
 /// Manual pulls that wait for the task, which accepts a pull at once.
 const PULLS_QUEUED: usize = 4;

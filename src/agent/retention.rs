@@ -16,9 +16,10 @@ use self::retainer::{PodImages, Retainer};
 use super::context::AgentContext;
 use super::part::{Part, Tasks};
 use super::recovery::recover::Recoverer;
+use crate::control::{ImagesStatus, OwnImageStatus, RetentionStatus};
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::{RetainLayers, RetainOptions};
-use crate::ports::{Cluster, ContentStore, ImagesStatus, LayerLeases, OwnImageStatus, PodEvent, RetentionStatus};
+use crate::ports::{Cluster, ContentStore, LayerLeases, PodEvent};
 
 /// Parts of the agent that retention uses.
 pub(super) struct RetentionDependencies {
@@ -27,15 +28,37 @@ pub(super) struct RetentionDependencies {
     pub(super) healthy_registries: watch::Receiver<Arc<BTreeSet<String>>>,
     pub(super) store: Arc<dyn ContentStore>,
     pub(super) cluster: Arc<dyn Cluster>,
-    /// `None` for a store that never discards layers.
-    pub(super) layer_leases: Option<Arc<dyn LayerLeases>>,
+    /// `None` where no layers are retained.
+    pub(super) layers: Option<LayerDependencies>,
     /// `None` leaves the images of the agents' DaemonSet to the kubelet.
     pub(super) own_image: Option<OwnImagePorts>,
     pub(super) images: watch::Receiver<Option<ImagesStatus>>,
+}
+
+/// Parts of the agent that retained layers use.
+pub(super) struct LayerDependencies {
+    leases: Arc<dyn LayerLeases>,
     /// The pods of this node.
-    pub(super) events: mpsc::Receiver<PodEvent>,
+    events: mpsc::Receiver<PodEvent>,
     /// Receives every event of `events`.
-    pub(super) forward: mpsc::Sender<PodEvent>,
+    forward: mpsc::Sender<PodEvent>,
+}
+
+/// Pod events between retention and the pod controller: the channel of the pod watch holds a burst.
+const POD_EVENTS_QUEUED: usize = 8;
+
+impl LayerDependencies {
+    /// Retention reads the pod events before the pod controller. The result holds the pod events
+    /// for the pod controller. `leases` is `None` for a store that never discards layers.
+    pub(super) fn new(
+        retain: &RetainOptions,
+        leases: Option<Arc<dyn LayerLeases>>,
+        events: mpsc::Receiver<PodEvent>,
+    ) -> (Option<Self>, mpsc::Receiver<PodEvent>) {
+        let Some(leases) = leases.filter(|_| retain.layers != RetainLayers::None) else { return (None, events) };
+        let (forward, forwarded_events) = mpsc::channel(POD_EVENTS_QUEUED);
+        (Some(Self { leases, events, forward }), forwarded_events)
+    }
 }
 
 /// The state of retention for the status.
@@ -46,18 +69,8 @@ pub(super) struct Retention {
 
 /// Builds the tasks that keep layers and the agents' own images.
 pub(super) fn build(context: &AgentContext, dependencies: RetentionDependencies) -> Part<Retention> {
-    let RetentionDependencies {
-        retain,
-        recoverer,
-        healthy_registries,
-        store,
-        cluster,
-        layer_leases,
-        own_image,
-        images,
-        events,
-        forward,
-    } = dependencies;
+    let RetentionDependencies { retain, recoverer, healthy_registries, store, cluster, layers, own_image, images } =
+        dependencies;
     let AgentContext { node, peer: _, policy, options, inventory: _, tracker, metrics } = context.clone();
     let mut tasks = Tasks::default();
     let (own_image_in, own_image_status) = watch::channel(None);
@@ -70,37 +83,17 @@ pub(super) fn build(context: &AgentContext, dependencies: RetentionDependencies)
         tasks.add("own image", |stop| controller.run(stop));
     }
     let (retained_in, retained) = watch::channel(None);
-    match layer_leases.filter(|_| retain.layers != RetainLayers::None) {
-        Some(leases) => {
-            let fetches = retain.fetch != FetchFrom::None && !options.dry_run;
-            let status = retained.clone();
-            let layer_watch = LayerWatch { node, cluster, retained: status, images, fetches, metrics: metrics.clone() };
-            tasks.add("layer watch", |stop| layer_watch.run(stop));
-            let mut retainer = Retainer::new(store, leases, retain, used, metrics, retained_in);
-            if fetches {
-                retainer = retainer.with_filler(recoverer, healthy_registries);
-            }
-            tasks.add("retain layers", |stop| retainer.run(stop));
-            tasks.add("pod images", |stop| pod_images.run(events, forward, stop));
+    if let Some(LayerDependencies { leases, events, forward }) = layers {
+        let fetches = retain.fetch != FetchFrom::None && !options.dry_run;
+        let status = retained.clone();
+        let layer_watch = LayerWatch { node, cluster, retained: status, images, fetches, metrics: metrics.clone() };
+        tasks.add("layer watch", |stop| layer_watch.run(stop));
+        let mut retainer = Retainer::new(store, leases, retain, used, metrics, retained_in);
+        if fetches {
+            retainer = retainer.with_filler(recoverer, healthy_registries);
         }
-        None => tasks.add("pod events", |stop| forward_events(events, forward, stop)),
+        tasks.add("retain layers", |stop| retainer.run(stop));
+        tasks.add("pod images", |stop| pod_images.run(events, forward, stop));
     }
     Part { handle: Retention { retained, own_image: own_image_status }, tasks }
-}
-
-/// Passes every event on, where no layers are retained.
-async fn forward_events(
-    mut events: mpsc::Receiver<PodEvent>,
-    forward: mpsc::Sender<PodEvent>,
-    stop: tokio_util::sync::CancellationToken,
-) {
-    let forwarding = async {
-        while let Some(event) = events.recv().await {
-            if forward.send(event).await.is_err() {
-                return;
-            }
-        }
-        std::future::pending().await
-    };
-    let _stopped = stop.run_until_cancelled(forwarding).await;
 }

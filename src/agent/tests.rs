@@ -5,6 +5,8 @@ mod denied_rights;
 mod disk_space;
 mod dns_queries;
 mod indexes;
+mod introducing;
+mod joining;
 mod killed_recovery;
 mod layer_unpacking;
 mod manual_pull;

@@ -22,10 +22,11 @@ use crate::api_server;
 use crate::cluster::KubeCluster;
 use crate::config::{AdmissionMode, Config};
 use crate::containerd::{self, ContainerdInfo, ContainerdStore, ImageVerifiers, Snapshotter, find_socket};
+use crate::control::{BlobAccess, ContainerdStatus};
 use crate::files::below_root;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
-use crate::ports::{Admission, BlobAccess, ContainerdStatus, ImportPermission, Notifier, StoreError};
+use crate::ports::{Admission, ImportPermission, Notifier, StoreError};
 use crate::registry::{self, RegistryClient};
 use crate::webhook::{self, Webhook};
 

@@ -14,8 +14,8 @@ use self::output::PullOutput;
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
 use crate::control::{Client, ClientError};
+use crate::control::{PullFailure, PullProgress};
 use crate::oci::Reference;
-use crate::ports::{PullFailure, PullProgress};
 
 /// Flags of `lighterman pull`.
 #[derive(Debug, Args)]

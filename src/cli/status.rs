@@ -7,13 +7,13 @@ use clap::Args;
 
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
+use crate::admin::{mesh_summary, mesh_table};
 use crate::agent::pods::pod_notifier::human_bytes;
-use crate::decide::transport_choice::MAX_BLOB;
-use crate::model::MeshStatus;
-use crate::ports::{
+use crate::control::{
     ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, NextImageStatus, OutageStatus, OwnImageStatus,
     PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, UdpStatus,
 };
+use crate::decide::transport_choice::MAX_BLOB;
 
 /// Flags of `lighterman status`.
 #[derive(Debug, Args)]
@@ -56,7 +56,7 @@ pub(super) fn run(args: StatusArgs) -> ExitCode {
     };
     let text = match (json, peers, &status.mesh) {
         (true, ..) => serde_json::to_string_pretty(&status).expect("names and numbers are JSON") + "\n",
-        (false, true, Some(mesh)) => mesh.table().lines().map(|line| printable(line) + "\n").collect(),
+        (false, true, Some(mesh)) => mesh_table(mesh).lines().map(|line| printable(line) + "\n").collect(),
         (false, true, None) => {
             eprintln!("lighterman: the mesh does not answer; `lighterman status` prints the rest of the agent's state");
             return ExitCode::FAILURE;
@@ -91,7 +91,7 @@ fn table(status: &Status) -> String {
     let cell = |text: &Option<String>| vec![text.clone().unwrap_or_else(unknown)];
     let mut rows = vec![("node", cell(node)), ("PeerId", cell(peer_id)), ("version", cell(version))];
     rows.extend(containerd_rows(&containerd.clone().unwrap_or_default()));
-    rows.push(("mesh", mesh.as_ref().map_or_else(unknown_lines, MeshStatus::summary)));
+    rows.push(("mesh", mesh.as_ref().map_or_else(unknown_lines, mesh_summary)));
     rows.push(("UDP to peers", vec![udp.as_ref().map_or_else(unknown, udp_line)]));
     rows.push(("clock", vec![clock.as_ref().map_or_else(unknown, clock_line)]));
     rows.push(("images", images.as_ref().map_or_else(unknown_lines, |images| vec![images_line(images)])));
@@ -245,7 +245,8 @@ fn time(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ports::BlobAccess;
+    use crate::control::BlobAccess;
+    use crate::model::MeshStatus;
 
     #[test]
     fn a_complete_status_is_printed_as_a_table() {

@@ -13,9 +13,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{ErrorBody, PullBody};
+use super::{ErrorBody, PullBody, PullProgress, Status};
 use crate::oci::Reference;
-use crate::ports::{PullProgress, Status};
 
 /// Deadline for the response's head, and again for the status. The agent answers at once, unless
 /// the process is stopped or out of processor time.

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::ports::Status;
+use crate::control::Status;
 
 struct FixedStatus(Status);
 
@@ -76,7 +76,7 @@ fn bytes(done: u64) -> PullProgress {
 }
 
 fn failed() -> PullProgress {
-    PullProgress::Failed { kind: crate::ports::PullFailure::Busy, message: "m".into(), retryable: true }
+    PullProgress::Failed { kind: crate::control::PullFailure::Busy, message: "m".into(), retryable: true }
 }
 
 #[tokio::test]

@@ -25,12 +25,13 @@ use self::ranges::RangeRequests;
 use super::gossip_crypto::GossipCrypto;
 use super::shared_inventory::SharedInventory;
 use super::stack::Behaviour;
-use super::{Command, ConnectedPeers, MembershipEvent, MeshOptions, multiaddr};
+use super::{Command, ConnectedPeers, MeshOptions, multiaddr};
 use crate::decide::gossip::{GossipFault, MeshConnectionId, Output, Protocol, TICK};
 use crate::decide::inventory::Inventory;
 use crate::identity::libp2p_peer_id;
 use crate::metrics::Metrics;
 use crate::model::{MeshStatus, Peer, PeerId};
+use crate::ports::MembershipEvent;
 use crate::util::clock;
 use crate::wire::Versions;
 

@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use quinn::{ConnectError, Connection, ConnectionError};
+use quinn::{Connection, ConnectionError};
 use tokio::time::timeout;
 
 use super::close_codes::{DONE, OTHER_VERSION, PROTOCOL, REJECTED, close};
@@ -11,100 +11,8 @@ use super::peers::PeerAdmission;
 use super::tls::{format_of, peer_of};
 use super::{Shared, admission_result, peer_from, printable};
 use crate::model::{Credential, NodeName, NodeNameError, Peer, PeerId};
-use crate::ports::{AdmittedPeer, Rejection};
-use crate::wire::{self, Format, Hello, Versions, Welcome, WireError};
-
-/// Why a dial failed.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum DialError {
-    /// The address leads back to this agent.
-    #[error("{0} is this agent itself")]
-    OwnAddress(SocketAddr),
-    /// Another node's agent has this agent's key.
-    #[error("node {node} at {address} has the key of this node, as after a copy of a node's disk")]
-    SharedKey {
-        /// The dialed address.
-        address: SocketAddr,
-        /// The name that the other agent gives.
-        node: NodeName,
-    },
-    /// No answer arrived, or the answer is not in our protocol.
-    #[error("{address} cannot be reached: {reason}")]
-    Unreachable {
-        /// The dialed address.
-        address: SocketAddr,
-        /// Not a single packet came back.
-        silent: bool,
-        /// The error of the transport.
-        reason: String,
-    },
-    /// Another peer answers than the expected one.
-    #[error("{found} answers at {address} where {expected} was expected")]
-    AnotherKey {
-        /// The dialed address.
-        address: SocketAddr,
-        /// The expected peer.
-        expected: PeerId,
-        /// The peer that proved its key.
-        found: PeerId,
-    },
-    /// The peer rejects this agent.
-    #[error("peer {peer} at {address} rejects this agent: {reason}")]
-    Rejected {
-        /// The peer that rejects this agent.
-        peer: PeerId,
-        /// The dialed address.
-        address: SocketAddr,
-        /// The reason that the peer gives.
-        reason: String,
-    },
-    /// This agent rejects the peer.
-    #[error("peer {peer} at {address}: {refusal}")]
-    NotAdmitted {
-        /// The rejected peer.
-        peer: PeerId,
-        /// The dialed address.
-        address: SocketAddr,
-        /// The verdict of our admission.
-        refusal: Rejection,
-    },
-    /// The peer speaks no MAJOR of the transfer protocol that this agent speaks.
-    #[error(
-        "peer {peer} at {address} speaks version {theirs} of the transfer protocol and this agent {ours}; \
-         upgrade the older of the two, as agents are compatible across one MAJOR only"
-    )]
-    OtherVersion {
-        /// The peer that answers.
-        peer: PeerId,
-        /// The dialed address.
-        address: SocketAddr,
-        /// The versions that the peer reports.
-        theirs: String,
-        /// The versions that this agent speaks.
-        ours: Versions,
-    },
-    /// This agent has no credential.
-    #[error("this agent has no credential to show: {0}")]
-    NoCredential(Rejection),
-    /// The peer violated the protocol.
-    #[error("peer {peer} at {address} broke the protocol: {reason}")]
-    Protocol {
-        /// The peer that answers.
-        peer: PeerId,
-        /// The dialed address.
-        address: SocketAddr,
-        /// The violation.
-        reason: String,
-    },
-}
-
-impl DialError {
-    /// Whether not a single packet came back, as from a host that is gone. Any answer shows a live
-    /// host, also a rejection.
-    pub fn is_silence(&self) -> bool {
-        matches!(self, Self::Unreachable { silent: true, .. })
-    }
-}
+use crate::ports::{AdmittedPeer, DialError};
+use crate::wire::{self, Format, Hello, Welcome, WireError};
 
 impl Shared {
     /// Opens a connection to the agent at `address`. Cancellation closes the connection.
@@ -137,7 +45,7 @@ impl Shared {
         }
         let Some(format) = format_of(&connection, self.versions) else {
             let theirs = self.versions_of(&connection).await;
-            return Err(DialError::OtherVersion { peer: found, address, theirs, ours: self.versions });
+            return Err(DialError::OtherVersion { peer: found, address, theirs, ours: self.versions.to_string() });
         };
         match timeout(self.timeouts.handshake(), self.exchange_credentials(address, found, &connection, format)).await {
             Ok(Ok((peer, admission))) => Ok((peer, connection, admission)),
@@ -150,20 +58,6 @@ impl Shared {
                 Err(unreachable(false, format!("no answer to our Hello within {:?}", self.timeouts.handshake())))
             }
         }
-    }
-
-    /// Whether any packet comes back from `address`.
-    pub(super) async fn probe(&self, address: SocketAddr) -> Result<bool, ConnectError> {
-        let connecting = self.endpoint.connect_with(self.client.clone(), address, "lighterman")?;
-        Ok(match timeout(self.timeouts.dial, connecting).await {
-            Ok(Ok(connection)) => {
-                close(&connection, DONE, b"probe");
-                true
-            }
-            // A refusal, or an answer in another protocol.
-            Ok(Err(error)) => error != ConnectionError::TimedOut,
-            Err(_) => false,
-        })
     }
 
     /// The versions that the listener reports when it closes a connection without a common MAJOR.

@@ -22,11 +22,11 @@ use self::blob_request::BlobRequest;
 use super::peers::{Outbound, SharedConnection};
 use super::rate_limiter::TransferPermit;
 use super::tuning::{BATCH, BATCH_CHUNKS, MIN_BYTES_PER_STALL};
-use super::{DialError, Shared, Transfer};
+use super::{Shared, Transfer};
 use crate::decide::byte_bucket::CHUNK;
 use crate::model::{PeerId, PieceRequest};
 use crate::oci::{BlobProof, Digest, HashChain, Hasher, PieceLayout};
-use crate::ports::{BlobSink, FetchError, Fetcher, PieceFetcher, PieceMapUpdates, PieceSink, StateSink};
+use crate::ports::{BlobSink, DialError, FetchError, Fetcher, PieceFetcher, PieceMapUpdates, PieceSink, StateSink};
 use crate::wire::{self, Answer, Request};
 
 #[async_trait]

@@ -10,12 +10,11 @@ use quinn::Connection;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use super::DialError;
 use super::close_codes::{AGENT_STOPS, DONE, SUPERSEDED, close};
 use super::tuning::BLOBS_PER_PEER;
 use crate::decide::pod_keys::PodKeys;
 use crate::model::{Credential, MAX_MEMBERS, Peer, PeerId};
-use crate::ports::LEEWAY;
+use crate::ports::{DialError, LEEWAY};
 
 /// Entries at most: twice the members of the mesh, because a node that lost its key returns as
 /// another peer.
@@ -253,6 +252,11 @@ impl Outbound {
         let (connection, last_used) = slot.as_mut().filter(|(connection, _)| connection.close_reason().is_none())?;
         *last_used = Instant::now();
         Some(connection.clone())
+    }
+
+    /// Whether a connection is open, which then does not count as used.
+    pub(super) fn has_connection(&self) -> bool {
+        self.connection.lock().as_ref().is_some_and(|(connection, _)| connection.close_reason().is_none())
     }
 
     /// Stores a new connection. With a live connection in place, the new one is closed.

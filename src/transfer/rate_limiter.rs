@@ -25,6 +25,9 @@ pub(super) struct RateLimiter {
     /// Held by the transfer that gets the next permit.
     permit_queue: Mutex<()>,
     permits: TransferPermits,
+    /// Bytes that the bucket let pass.
+    #[cfg(test)]
+    limited_bytes: std::sync::atomic::AtomicU64,
 }
 
 /// Counts the running transfers of one direction.
@@ -46,6 +49,8 @@ impl RateLimiter {
             bucket: Mutex::new(ByteBucket::new(rate)),
             permit_queue: Mutex::default(),
             permits: TransferPermits::default(),
+            #[cfg(test)]
+            limited_bytes: Default::default(),
         }
     }
 
@@ -76,12 +81,20 @@ impl RateLimiter {
             policy.iter_mut().for_each(watch::Receiver::mark_unchanged);
             let now = clock::now();
             bucket.set_rate(self.rate(), now);
-            let Err(wait) = bucket.take(bytes, now) else { return };
+            let Err(wait) = bucket.take(bytes, now) else { break };
             tokio::select! {
                 () = sleep(wait) => {}
                 () = policy_changed(&mut policy) => {}
             }
         }
+        #[cfg(test)]
+        self.limited_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that the bucket let pass.
+    #[cfg(test)]
+    pub(super) fn limited_bytes(&self) -> u64 {
+        self.limited_bytes.load(Ordering::Relaxed)
     }
 
     /// Waits for a permit, first in, first out. A limit allows so few transfers that each is fast

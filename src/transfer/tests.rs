@@ -44,7 +44,7 @@ use crate::metrics::Metrics;
 use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{BlobProof, Digest, HashChain, PieceLayout};
 use crate::ports::{
-    Admission, AdmittedPeer, BlobSink, ContentStore, FetchError, Fetcher, LEEWAY, NoPartialBlobs, PartialBlobs,
+    Admission, AdmittedPeer, BlobSink, ContentStore, Dialer, FetchError, Fetcher, LEEWAY, NoPartialBlobs, PartialBlobs,
     PieceFetcher, Rejection, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};

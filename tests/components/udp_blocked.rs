@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lighterman::control::{PullFailure, PullProgress};
 use lighterman::decide::transport_choice::MAX_BLOB;
-use lighterman::ports::{PullFailure, PullProgress};
 use lighterman::testing::image::put_image;
 use tokio::runtime::Builder;
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use lighterman::control::{Config, ControlServer};
+use lighterman::control::{PullFailure, PullProgress, PullRequest, Status, StatusSource};
 use lighterman::model::{MemberStatus, MeshStatus};
-use lighterman::ports::{PullFailure, PullProgress, PullRequest, Status, StatusSource};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 

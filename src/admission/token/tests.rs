@@ -118,6 +118,18 @@ async fn advance_clock(time: Duration) {
     tokio::time::resume();
 }
 
+async fn has_token_and_keys(agent: &TokenAdmission) -> bool {
+    agent.credential().await.is_ok() && agent.admit_relayed(peer(), &credential()).is_ok()
+}
+
+/// Waits until a running agent has no request in flight. No peer is admitted here, because an
+/// unknown key would cause another request.
+async fn wait_for_token_and_keys(agent: &TokenAdmission) {
+    while agent.credential().await.is_err() || agent.keys.cached().is_none() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test]
 async fn signing_keys_are_fetched_once_and_cached() {
     let (fake, mut server) = (Arc::new(FakeApiServer::default()), JoinSet::new());
@@ -303,17 +315,17 @@ async fn a_killed_agent_reloads_the_token_that_it_just_received() {
     let (fake, mut server) = (Arc::new(FakeApiServer::default()), JoinSet::new());
     fake.publish(vec![json!(published())]);
     let (folder, address) = (tempfile::tempdir().unwrap(), serve(&fake, &mut server).await);
-    let killed = agent_at(address, options_in(&folder));
-    let running = server.spawn(async move { killed.run(CancellationToken::new()).await });
+    let killed = Arc::new(agent_at(address, options_in(&folder)));
+    let agent = killed.clone();
+    let running = server.spawn(async move { agent.run(CancellationToken::new()).await });
+    wait_for_token_and_keys(&killed).await;
     let again = async {
-        loop {
-            let again = agent_at(address, options_in(&folder));
-            if again.credential().await.is_ok() && again.admit_relayed(peer(), &credential()).is_ok() {
-                break;
-            }
+        while !has_token_and_keys(&agent_at(address, options_in(&folder))).await {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
+    // The clock stands still while the file is written.
+    tokio::time::pause();
     tokio::time::timeout(SAVE_INTERVAL / 2, again).await.expect("token and keys are written at once");
     running.abort();
 }
@@ -328,19 +340,17 @@ async fn an_unsaved_token_is_saved_when_the_folder_becomes_writable() {
     let agent = Arc::new(agent_at(address, options.clone()));
     let running = agent.clone();
     server.spawn(async move { running.run(CancellationToken::new()).await });
-    while agent.credential().await.is_err() || fake.key_request_count() == 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    // Time for a first, failing write.
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    wait_for_token_and_keys(&agent).await;
+    // The clock stands still during each write, so the first writes end, and fail, in this second.
+    tokio::time::pause();
+    tokio::time::sleep(Duration::from_secs(1)).await;
     std::fs::create_dir(&missing).unwrap();
-    let mut waited = Duration::ZERO;
-    while agent_at(address, options.clone()).credential().await.is_err() {
-        assert!(waited < 3 * SAVE_INTERVAL, "the write was not retried");
-        advance_clock(SAVE_INTERVAL / 10).await;
-        waited += SAVE_INTERVAL / 10;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let saved = async {
+        while !has_token_and_keys(&agent_at(address, options.clone())).await {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    };
+    tokio::time::timeout(SAVE_INTERVAL + Duration::from_secs(1), saved).await.expect("the write is retried");
 }
 
 #[tokio::test]

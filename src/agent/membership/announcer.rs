@@ -16,11 +16,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use self::image_scanner::{ImageScan, ImageScanner};
-use crate::mesh::Mesh;
+use crate::control::{ImagesStatus, MAX_NAMES};
 use crate::metrics::Metrics;
 use crate::model::{InventoryChange, InventoryItem, MAX_ITEMS, Outage};
 use crate::oci::Digest;
-use crate::ports::{BlobInfo, ContentStore, ImagesStatus, MAX_NAMES, StoreError};
+use crate::ports::{BlobInfo, ContentStore, MeshCommands, StoreError};
 
 /// Interval of lists without an event, because collections send none.
 const LIST_PERIOD: Duration = Duration::from_secs(60);
@@ -46,7 +46,7 @@ pub type RecordTargets = Option<Arc<BTreeMap<String, Digest>>>;
 /// Keeps the announcements of this node true.
 pub struct Announcer {
     store: Arc<dyn ContentStore>,
-    mesh: Mesh,
+    mesh: Arc<dyn MeshCommands>,
     metrics: Metrics,
     ready: watch::Sender<bool>,
     outages: watch::Receiver<Vec<Outage>>,
@@ -62,7 +62,7 @@ impl Announcer {
     /// incomplete images.
     pub fn new(
         store: Arc<dyn ContentStore>,
-        mesh: Mesh,
+        mesh: Arc<dyn MeshCommands>,
         metrics: Metrics,
         ready: watch::Sender<bool>,
         volatile_items: VolatileItems,

@@ -7,10 +7,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::control::ClockStatus;
 use crate::decide::clock_skew::{ClockChange, ClockSkew, LEEWAY};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::ports::{ClockStatus, Cluster, NodeReport, NodeReportKind};
+use crate::ports::{Cluster, NodeReport, NodeReportKind};
 use crate::util::clock;
 
 /// Attempts for one Event, one at each comparison: an hour and a half or more.

@@ -1,5 +1,5 @@
-//! Finds peers: dials addresses ([`crate::transfer`]), and admits the verified peers to gossip
-//! ([`crate::mesh`]).
+//! Finds peers: dials addresses ([`Dialer`]), and admits the verified peers to gossip
+//! ([`MeshCommands`]).
 //!
 //! Addresses come from DNS and settings, from the address book of an earlier process, and from the
 //! mesh, which requests handshakes with missing neighbors. [`crate::decide::dns_schedule`] decides
@@ -35,11 +35,9 @@ pub use self::dns::{DnsResolver, SystemDnsResolver};
 use self::join_state::JoinState;
 use crate::addresses::is_local_address;
 use crate::agent::peers::inventory_view::PeerInventory;
-use crate::mesh::{MembershipEvent, Mesh};
 use crate::metrics::Metrics;
 use crate::model::{MeshStatus, NodeName, Peer, PeerId, Release};
-use crate::ports::MeshSource;
-use crate::transfer::{DialError, Transfer};
+use crate::ports::{DialError, Dialer, MembershipEvent, MeshCommands, MeshSource};
 
 /// Interval of new rounds with the addresses of the last look-up while the agent is short of peers.
 /// Dead peers are forgotten at the same interval.
@@ -79,9 +77,11 @@ pub struct Joiner {
     /// File of the address book.
     pub peers_file: PathBuf,
     /// Dials peers.
-    pub transfer: Transfer,
+    pub dialer: Arc<dyn Dialer>,
+    /// The UDP port on which this agent listens.
+    pub transfer_port: u16,
     /// Admits peers to gossip.
-    pub mesh: Mesh,
+    pub mesh: Arc<dyn MeshCommands>,
     /// Status of the same mesh.
     pub mesh_status: Arc<dyn MeshSource>,
     /// Connected peers.
@@ -119,8 +119,8 @@ impl Joiner {
             let is_quiet = Instant::now() < quiet_until;
             while dials.len() < MAX_DIALS && !is_quiet {
                 let Some(target) = state.dial_queue.start_next() else { break };
-                let transfer = &self.transfer;
-                dials.push(transfer.dial(target.address, target.expected_peer).map(move |dialed| (target, dialed)));
+                let dialer = &self.dialer;
+                dials.push(dialer.dial(target.address, target.expected_peer).map(move |dialed| (target, dialed)));
             }
             let due = state.membership_log.due();
             let look_up = state.next_lookup_at(Instant::now());
@@ -175,14 +175,15 @@ impl Joiner {
     /// resolved.
     async fn look_up(&self) -> Option<Vec<SocketAddr>> {
         let (mut addresses, mut is_answered) = (BTreeSet::new(), false);
-        let (resolv_conf, port) = (self.resolver.resolv_conf(), self.transfer.local_addr().port());
+        let resolv_conf = self.resolver.resolv_conf();
         for bootstrap_name in &self.bootstrap_names {
             let resolved = self.resolver.resolve(&dns::qualified_name(bootstrap_name, &resolv_conf)).await;
             self.metrics.names_looked_up(resolved.is_some());
             is_answered |= resolved.is_some();
             addresses.extend(resolved.unwrap_or_default());
         }
-        let mut addresses: Vec<_> = addresses.into_iter().filter(|address| !is_own_address(*address, port)).collect();
+        let mut addresses: Vec<_> =
+            addresses.into_iter().filter(|address| !is_own_address(*address, self.transfer_port)).collect();
         addresses.shuffle(&mut rand::rng());
         addresses.truncate(MAX_ADDRESSES);
         is_answered.then_some(addresses)
@@ -194,14 +195,14 @@ impl Joiner {
     }
 
     async fn admit(&self, peer: Peer) {
-        let validity = self.transfer.admitted_for(peer.id).min(MAX_ADMISSION);
+        let validity = self.dialer.admitted_for(peer.id).min(MAX_ADMISSION);
         self.mesh.admit(peer, validity).await;
     }
 
     async fn on_mesh_event(&self, event: MembershipEvent, state: &mut JoinState) {
         match event {
             MembershipEvent::Up(peer) => {
-                self.transfer.add_peer_address(&peer);
+                self.dialer.add_peer_address(&peer);
                 // The mesh also reports a peer that moved, which is no new peer.
                 if state.live_peers.insert(peer.id) {
                     state.membership_log.peer_up(&peer, Instant::now());
@@ -209,7 +210,7 @@ impl Joiner {
             }
             MembershipEvent::Down(peer) => {
                 state.live_peers.remove(&peer);
-                let known = self.transfer.peer(peer);
+                let known = self.dialer.peer(peer);
                 state.membership_log.peer_down(peer, known.as_ref().map(|known| &known.node), Instant::now());
             }
             MembershipEvent::Handshake(peer) => {
@@ -264,7 +265,7 @@ impl Joiner {
     /// Forgets peers that were not connected for the address book's retention.
     async fn remove_dead_peers(&self, last_seen: &mut BTreeMap<PeerId, Instant>, now: Instant) {
         let connected: BTreeSet<_> = self.inventory.peers().into_iter().map(|peer| peer.id).collect();
-        let known: BTreeSet<_> = self.transfer.peers().into_iter().map(|peer| peer.id).collect();
+        let known: BTreeSet<_> = self.dialer.peers().into_iter().map(|peer| peer.id).collect();
         last_seen.retain(|peer, _| known.contains(peer));
         for peer in known {
             let seen = last_seen.entry(peer).or_insert(now);
@@ -273,7 +274,7 @@ impl Joiner {
             } else if now.duration_since(*seen) > REMOVE_AFTER {
                 tracing::info!(%peer, "peer not connected for {} min, forgotten", REMOVE_AFTER.as_secs() / 60);
                 self.mesh.revoke_admission(peer).await;
-                self.transfer.remove_peer(peer);
+                self.dialer.remove_peer(peer);
             }
         }
     }

@@ -4,29 +4,26 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use rand::seq::IndexedRandom;
-use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::peers::inventory_view::PeerInventory;
+use crate::control::UdpStatus;
 use crate::decide::transport_choice::{MAX_BLOB, MAX_IMAGE};
 use crate::decide::udp_path::{UdpPath, UdpProbe};
 use crate::metrics::Metrics;
-use crate::ports::{MeshSource, UdpStatus};
-use crate::transfer::Transfer;
+use crate::ports::{MeshSource, Prober};
 use crate::util::clock;
-
-/// A TCP connection to a node of the same cluster is open within milliseconds.
-const TCP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Probes one other node at a time.
 pub struct UdpWatch {
     /// Sends the probes.
-    pub transfer: Transfer,
+    pub prober: Arc<dyn Prober>,
+    /// The UDP port on which this agent listens.
+    pub transfer_port: u16,
     /// Names the neighbors, which are connected over TCP.
     pub mesh_status: Arc<dyn MeshSource>,
     /// Has the addresses of the neighbors, and the state of UDP.
@@ -70,9 +67,9 @@ impl UdpWatch {
         let Some(target) = chosen.and_then(|udp| targets.iter().find(|target| target.udp == *udp)) else {
             return path.record_skipped_probe(clock::now(), rand::random());
         };
-        let probe = match self.transfer.probe(target.udp).await {
+        let probe = match self.prober.answers_udp(target.udp).await {
             Ok(true) => UdpProbe::Answered,
-            Ok(false) => UdpProbe::Silent { tcp: is_open(target.tcp).await },
+            Ok(false) => UdpProbe::Silent { tcp: self.prober.accepts_tcp(target.tcp).await },
             Err(error) => {
                 tracing::debug!(address = %target.udp, %error, "cannot be probed");
                 return path.record_skipped_probe(clock::now(), rand::random());
@@ -115,7 +112,7 @@ impl UdpWatch {
                 let since = since.and_then(|since| since.duration_since(SystemTime::UNIX_EPOCH).ok());
                 UdpStatus {
                     blocked_since: Some(since.unwrap_or_default().as_secs()),
-                    port: self.transfer.local_addr().port(),
+                    port: self.transfer_port,
                     nodes: blocked.nodes,
                 }
             }
@@ -137,9 +134,4 @@ impl UdpWatch {
             _ => {}
         }
     }
-}
-
-/// Whether a TCP connection can be opened. The other node sees a handshake that never begins.
-async fn is_open(address: SocketAddr) -> bool {
-    timeout(TCP_TIMEOUT, TcpStream::connect(address)).await.is_ok_and(|connected| connected.is_ok())
 }

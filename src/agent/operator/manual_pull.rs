@@ -18,10 +18,10 @@ use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::recovered_image::{RecoveredImage, ResolvedImage};
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
+use crate::control::{MAX_NAMES, PullFailure, PullProgress, PullRequest};
 use crate::metrics::{Metrics, RecoveryOutcome};
 use crate::model::PeerId;
 use crate::oci::Reference;
-use crate::ports::{MAX_NAMES, PullFailure, PullProgress, PullRequest};
 
 /// Concurrent manual pulls: few, because these run besides the recoveries for pods. Further
 /// requests get a retryable failure.

@@ -19,9 +19,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::policy_file::{MAX_BYTES, PolicyOverrides};
+use crate::control::PolicyFileStatus;
 use crate::decide::policy::Policy;
 use crate::metrics::Metrics;
-use crate::ports::PolicyFileStatus;
 use crate::util::clock;
 
 /// Short against the minute in which the kubelet brings a changed ConfigMap to the node.

@@ -10,12 +10,13 @@ use tokio::sync::watch;
 use crate::agent::operator::manual_pull::node_names;
 use crate::agent::peers::inventory_view::PeerInventory;
 use crate::agent::recovery::progress::RecoveryTracker;
+use crate::control::{
+    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_NAMES, OutageStatus, OwnImageStatus,
+    PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, StatusSource,
+};
 use crate::mesh::Mesh;
 use crate::model::{MeshStatus, NodeName, Outage, OutageKind, PeerId};
-use crate::ports::{
-    ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_NAMES, MAX_STATUS_MEMBERS, MeshSource, OutageStatus,
-    OwnImageStatus, PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, StatusSource,
-};
+use crate::ports::{MAX_STATUS_MEMBERS, MeshSource};
 
 /// Outages of peers that are read. Each peer may announce many, and a reader needs few.
 const MAX_OUTAGES: usize = 4096;

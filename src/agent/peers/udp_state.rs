@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::ports::UdpStatus;
+use crate::control::UdpStatus;
 
 /// The state of UDP, for status, Events and readiness. Clones share the state.
 #[derive(Debug, Clone, Default)]

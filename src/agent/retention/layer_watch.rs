@@ -7,10 +7,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::control::{ImagesStatus, RetentionStatus};
 use crate::decide::layer_notice::{LayerCounts, LayerNotice, LayerReport, event_text};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::ports::{Cluster, ImagesStatus, NodeReport, NodeReportKind, RetentionStatus};
+use crate::ports::{Cluster, NodeReport, NodeReportKind};
 use crate::util::clock;
 
 /// Attempts for one Event, [`RETRY_DELAY`] apart: an hour, after which the API server would have

@@ -15,15 +15,14 @@ use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
+use crate::control::{NextImageStatus, OwnImageStatus};
 use crate::decide::own_image::{
     OwnImageSituation, OwnImageStep, OwnImageWait, OwnImages, Protection, ProtectionChange, own_image_step,
     protection_changes, read_interval,
 };
 use crate::metrics::{Metrics, RecoveryOutcome};
 use crate::oci::{Document, Reference};
-use crate::ports::{
-    ContentStore, ImportPermission, NextImageStatus, OwnDaemonSet, OwnImageStatus, ProtectedImages, StoreError,
-};
+use crate::ports::{ContentStore, ImportPermission, OwnDaemonSet, ProtectedImages, StoreError};
 
 /// Mean delay of the first read, and interval until the watch has shown the agent's own pod.
 const FIRST_READ: Duration = Duration::from_secs(5);

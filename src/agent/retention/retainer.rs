@@ -30,6 +30,7 @@ use self::filler::Filler;
 use self::local_images::LocalImages;
 pub use self::pod_images::{PodImages, UsedImages};
 use crate::agent::recovery::recover::Recoverer;
+use crate::control::RetentionStatus;
 use crate::decide::disk_floor::FileSystem;
 use crate::decide::fill::UnfilledReason;
 use crate::decide::retain::{
@@ -38,7 +39,7 @@ use crate::decide::retain::{
 };
 use crate::metrics::Metrics;
 use crate::oci::Digest;
-use crate::ports::{ContentEvent, ContentStore, LayerLeases, Pin, RetentionStatus, StoreError};
+use crate::ports::{ContentEvent, ContentStore, LayerLeases, Pin, StoreError};
 
 /// Interval of the complete list, and so the delay until scarce free space is noticed. A list takes
 /// milliseconds.

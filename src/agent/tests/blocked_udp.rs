@@ -15,9 +15,10 @@ use crate::agent::membership::udp_watch::UdpWatch;
 use crate::agent::pods::pod_notifier::PodNotifier;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::config::loopback;
+use crate::control::UdpStatus;
 use crate::identity::Identity;
 use crate::model::MeshStatus;
-use crate::ports::{MeshSource, NoPartialBlobs, UdpStatus};
+use crate::ports::{MeshSource, NoPartialBlobs, Prober};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 struct EmptyMesh;
@@ -65,7 +66,8 @@ async fn an_agent_whose_peers_answer_over_tcp_alone_names_udp() {
     let transfer = transfer();
     let port = transfer.local_addr().port();
     let watch = UdpWatch {
-        transfer,
+        prober: Arc::new(transfer),
+        transfer_port: port,
         mesh_status: Arc::new(EmptyMesh),
         inventory: test_node.inventory.clone(),
         bootstrap_addresses: watch::channel(addresses).1,
@@ -103,9 +105,9 @@ async fn a_listening_agent_answers_a_probe_and_a_silent_socket_does_not() {
     let (ours, theirs, stop) = (transfer(), transfer(), CancellationToken::new());
     let running = tokio::spawn(theirs.clone().run(stop.clone()));
     let probes = async {
-        assert!(ours.probe(theirs.local_addr()).await.unwrap());
+        assert!(ours.answers_udp(theirs.local_addr()).await.unwrap());
         let (_tcp, _udp, silent) = tcp_only_socket().await;
-        assert!(!ours.probe(silent).await.unwrap());
+        assert!(!ours.answers_udp(silent).await.unwrap());
     };
     tokio::time::timeout(Duration::from_secs(60), probes).await.expect("the test is stuck");
     stop.cancel();

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::agent::operator::manual_pull::ManualPuller;
 use crate::agent::recovery::progress::RecoveryTracker;
-use crate::ports::{PullFailure, PullProgress, PullRequest};
+use crate::control::{PullFailure, PullProgress, PullRequest};
 
 struct ManualPullClient {
     requests: mpsc::Sender<PullRequest>,

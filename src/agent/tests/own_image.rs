@@ -10,9 +10,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::*;
 use crate::agent::recovery::progress::RecoveryTracker;
 use crate::agent::retention::own_image::{OwnImageController, OwnImagePorts};
+use crate::control::OwnImageStatus;
 use crate::decide::own_image::{OwnImages, Protection};
 use crate::model::OutageKind;
-use crate::ports::{ClusterError, OwnDaemonSet, OwnImageStatus, ProtectedImages, RegistryError};
+use crate::ports::{ClusterError, OwnDaemonSet, ProtectedImages, RegistryError};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const CURRENT: &str = "r.test/shop/checkout:v0";

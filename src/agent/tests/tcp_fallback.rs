@@ -13,11 +13,12 @@ use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
 use crate::config::loopback;
+use crate::control::UdpStatus;
 use crate::decide::transport_choice::MAX_BLOB;
 use crate::identity::Identity;
 use crate::mesh::{self, Mesh, SharedInventory};
 use crate::model::Credential;
-use crate::ports::{FetchError, NoPartialBlobs, UdpStatus};
+use crate::ports::{FetchError, MeshCommands, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 const LONG: Duration = Duration::from_secs(120);

@@ -13,9 +13,9 @@ use crate::agent::peers::udp_state::UdpState;
 use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
 use crate::config::loopback;
 use crate::identity::Identity;
-use crate::mesh::{self, MembershipEvent, Mesh, SharedInventory};
+use crate::mesh::{self, Mesh, SharedInventory};
 use crate::model::Credential;
-use crate::ports::{BlobSink, FetchError, Fetcher, NoPartialBlobs};
+use crate::ports::{BlobSink, Dialer, FetchError, Fetcher, MembershipEvent, MeshCommands, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 /// Life of the verdicts and deadline of the test, far more than the test takes.

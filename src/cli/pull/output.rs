@@ -5,8 +5,8 @@ use std::io::{IsTerminal, Write};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::agent::pods::pod_notifier::human_bytes;
+use crate::control::PullProgress;
 use crate::oci::Reference;
-use crate::ports::PullProgress;
 
 pub(super) struct PullOutput {
     reference: String,

@@ -13,9 +13,10 @@ use crate::agent::recovery::builder::RecoveryDependencies;
 use crate::agent::recovery::progress::RecoveryTracker;
 use crate::agent::supervisor::Supervisor;
 use crate::control::{Config, ControlServer};
+use crate::control::{Status, StatusSource};
 use crate::metrics::Metrics;
 use crate::model::{InventoryItem, MeshEvent, NodeName, Peer, PeerId};
-use crate::ports::{ContentStore, Status, StatusSource};
+use crate::ports::ContentStore;
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{Behaviour, MemoryFetcher, MemoryStore};
 

@@ -6,6 +6,7 @@ use super::node::{LIFE, within_deadline};
 use super::raw::introduction_of;
 use super::*;
 use crate::model::SyncRequest;
+use crate::ports::MembershipEvent;
 use crate::util::token_bucket::Rate;
 use crate::wire::{self, Message};
 

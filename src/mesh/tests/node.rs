@@ -13,7 +13,7 @@ use super::super::*;
 use crate::decide::inventory::Inventory;
 use crate::model::InventoryItem;
 use crate::oci::Digest;
-use crate::ports::{AdmittedPeer, Rejection};
+use crate::ports::{AdmittedPeer, MembershipEvent, Rejection};
 
 /// Far longer than any step here takes on a busy machine; a missing event ends the test.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);

@@ -40,7 +40,7 @@ impl Transfer {
 
     /// Whether a connection to this peer is open.
     pub fn is_connected(&self, peer: PeerId) -> bool {
-        self.0.peers.find(peer).is_some_and(|(_, outbound)| outbound.connection().is_some())
+        self.0.peers.find(peer).is_some_and(|(_, outbound)| outbound.has_connection())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Admission of dialers, and the rejection of others.
 
 use super::*;
-use crate::transfer::DialError;
+use crate::ports::DialError;
 use crate::transfer::close_codes::{PROTOCOL, REJECTED};
 
 #[tokio::test]

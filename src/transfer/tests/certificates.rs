@@ -6,7 +6,7 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, KeyUsagePurpose}
 
 use super::*;
 use crate::admission::{CertificateAdmission, CertificateFiles};
-use crate::transfer::DialError;
+use crate::ports::DialError;
 
 struct TestAuthority {
     certificate: rcgen::Certificate,

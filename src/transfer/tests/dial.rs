@@ -1,7 +1,7 @@
 //! Dials of other agents, and the peers that a dial may reach.
 
 use super::*;
-use crate::transfer::DialError;
+use crate::ports::DialError;
 
 #[tokio::test]
 async fn a_dial_fails_where_another_key_answers() {

@@ -137,6 +137,23 @@ async fn a_stream_with_more_than_one_request_is_reset() {
 }
 
 #[tokio::test]
+async fn a_read_of_the_state_does_not_keep_an_idle_connection_open() {
+    with_deadline(async {
+        let provider = TransferTestNode::start(TestStore::default());
+        let fetcher = TransferTestNode::start(TestStore::default());
+        fetcher.dial(provider.address()).await;
+        tokio::time::pause();
+        for _ in 0..2 {
+            assert!(fetcher.transfer.is_connected(provider.id));
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        fetcher.transfer.0.peers.close_unused(Duration::from_secs(2));
+        assert!(!fetcher.transfer.is_connected(provider.id), "the connection was not used for two seconds");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn an_idle_connection_is_closed_and_a_connection_in_use_is_not() {
     with_deadline(async {
         let rogue = Rogue::start(|_, send| async move { drop(send.stopped().await) });

@@ -4,7 +4,7 @@
 use super::pieces::{CollectingSink, PIECE, first_pieces};
 use super::*;
 use crate::model::PieceMapUpdate;
-use crate::transfer::DialError;
+use crate::ports::DialError;
 use crate::transfer::close_codes::OTHER_MAJOR;
 
 const NEXT: Versions = Versions::TRANSFER.after_next_major();

@@ -16,7 +16,7 @@ use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::PeerId;
 use lighterman::oci::{Digest, Hasher};
-use lighterman::ports::{BlobMetadata, ContentStore, NoPartialBlobs};
+use lighterman::ports::{BlobMetadata, ContentStore, Dialer, NoPartialBlobs};
 use lighterman::testing::MemoryStore;
 use lighterman::transfer::{Config, Transfer, TransferDependencies};
 use nix::sched::{CloneFlags, setns};

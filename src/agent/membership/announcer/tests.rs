@@ -226,7 +226,7 @@ async fn a_silently_collected_blob_is_withdrawn_at_the_next_listing() {
     let fetching = watch::Sender::new(BTreeSet::new());
     let announcer = Announcer::new(
         Arc::new(store.clone()),
-        mesh.clone(),
+        Arc::new(mesh.clone()),
         Metrics::new(),
         watch::Sender::new(false),
         VolatileItems { outages: watch::channel(Vec::new()).1, fetching: fetching.subscribe() },

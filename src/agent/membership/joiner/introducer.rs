@@ -10,9 +10,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{is_address_for_peers, is_local_address};
-use crate::mesh::Mesh;
 use crate::model::{Credential, Zone};
-use crate::ports::{Admission, Cluster, ClusterError};
+use crate::ports::{Admission, Cluster, ClusterError, MeshCommands};
 use crate::util::backoff::Backoff;
 
 /// Interval of reads of the node's labels: zones rarely change, and a thousand nodes read.
@@ -31,7 +30,7 @@ const CREDENTIAL_RETRY: Duration = Duration::from_secs(2);
 /// Keeps this agent's introduction current.
 pub struct Introducer {
     /// Distributes the introductions.
-    pub mesh: Mesh,
+    pub mesh: Arc<dyn MeshCommands>,
     /// Source of the credential.
     pub admission: Arc<dyn Admission>,
     /// Source of the zone.

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{MemberState, MemberStatus, MeshStatus};
+use crate::model::{MemberState, MemberStatus, MeshStatus};
 
 /// Zones and releases that a summary line names. A cluster has three to five zones and one or two
 /// releases.
@@ -19,54 +19,52 @@ const HEADER: [&str; 8] = ["NODE", "ZONE", "RELEASE", "ADDRESS", "STATE", "NEIGH
 /// From this column on, cells are numbers and align to the right.
 const NUMBERS: usize = 6;
 
-impl MeshStatus {
-    /// The state of the mesh in a few lines.
-    pub fn summary(&self) -> Vec<String> {
-        let Self { alive, suspected, down, banned, neighbors, items, inventory_blobs, inventory_bytes, .. } = self;
-        let living = || self.members.iter().filter(|member| member.state != MemberState::Down);
-        let zones = counts(living().map(|member| member.zone.as_deref()).chain([self.zone.as_deref()]));
-        let releases = counts(living().map(|member| Some(&*member.release)).chain([Some(&*self.release)]));
-        let behind: Vec<_> = self.members.iter().map(|member| member.behind).filter(|behind| *behind > 0).collect();
-        let lag = match behind.iter().max() {
-            None => "none".to_owned(),
-            Some(max) => format!("behind {} members, by {max} announcements at most", behind.len()),
-        };
-        vec![
-            format!("{alive} alive, {suspected} suspected, {down} down, {banned} banned; {neighbors} neighbors"),
-            format!("zones: {zones}"),
-            format!("releases: {releases}"),
-            format!(
-                "inventory: {inventory_blobs} blobs of peers, {:.1} MiB; this node announces {items} items",
-                *inventory_bytes as f64 / f64::from(1 << 20)
-            ),
-            format!("lag: {lag}"),
-        ]
-    }
+/// The state of the mesh in a few lines.
+pub fn mesh_summary(status: &MeshStatus) -> Vec<String> {
+    let MeshStatus { alive, suspected, down, banned, neighbors, items, inventory_blobs, inventory_bytes, .. } = status;
+    let living = || status.members.iter().filter(|member| member.state != MemberState::Down);
+    let zones = counts(living().map(|member| member.zone.as_deref()).chain([status.zone.as_deref()]));
+    let releases = counts(living().map(|member| Some(&*member.release)).chain([Some(&*status.release)]));
+    let behind: Vec<_> = status.members.iter().map(|member| member.behind).filter(|behind| *behind > 0).collect();
+    let lag = match behind.iter().max() {
+        None => "none".to_owned(),
+        Some(max) => format!("behind {} members, by {max} announcements at most", behind.len()),
+    };
+    vec![
+        format!("{alive} alive, {suspected} suspected, {down} down, {banned} banned; {neighbors} neighbors"),
+        format!("zones: {zones}"),
+        format!("releases: {releases}"),
+        format!(
+            "inventory: {inventory_blobs} blobs of peers, {:.1} MiB; this node announces {items} items",
+            *inventory_bytes as f64 / f64::from(1 << 20)
+        ),
+        format!("lag: {lag}"),
+    ]
+}
 
-    /// A line for each other member, under a header.
-    pub fn table(&self) -> String {
-        let rows: Vec<_> = self.members.iter().map(row).collect();
-        let widths: Vec<_> = (0..HEADER.len())
-            .map(|column| {
-                let longest = rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
-                longest.max(HEADER[column].len())
-            })
-            .collect();
-        let line = |cells: &[String; 8]| {
-            let cell = |(column, text): (usize, &String)| {
-                let width = widths[column];
-                if column < NUMBERS { format!("{text:width$}") } else { format!("{text:>width$}") }
-            };
-            cells.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
+/// A line for each other member, under a header.
+pub fn mesh_table(status: &MeshStatus) -> String {
+    let rows: Vec<_> = status.members.iter().map(row).collect();
+    let widths: Vec<_> = (0..HEADER.len())
+        .map(|column| {
+            let longest = rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
+            longest.max(HEADER[column].len())
+        })
+        .collect();
+    let line = |cells: &[String; 8]| {
+        let cell = |(column, text): (usize, &String)| {
+            let width = widths[column];
+            if column < NUMBERS { format!("{text:width$}") } else { format!("{text:>width$}") }
         };
-        let mut text = line(&HEADER.map(str::to_owned));
-        rows.iter().for_each(|row| text += &line(row));
-        let total = self.alive + self.suspected + self.down;
-        if total > self.members.len() {
-            text += &format!("and {} more\n", total - self.members.len());
-        }
-        text
+        cells.iter().enumerate().map(cell).collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
+    };
+    let mut text = line(&HEADER.map(str::to_owned));
+    rows.iter().for_each(|row| text += &line(row));
+    let total = status.alive + status.suspected + status.down;
+    if total > status.members.len() {
+        text += &format!("and {} more\n", total - status.members.len());
     }
+    text
 }
 
 fn row(member: &MemberStatus) -> [String; 8] {
@@ -174,8 +172,8 @@ mod tests {
             "inventory: 19873 blobs of peers, 12.0 MiB; this node announces 1490 items",
             "lag: behind 1 members, by 3 announcements at most",
         ];
-        assert_eq!(mesh().summary(), expected);
-        assert_eq!(MeshStatus::default().summary()[4], "lag: none");
+        assert_eq!(mesh_summary(&mesh()), expected);
+        assert_eq!(mesh_summary(&MeshStatus::default())[4], "lag: none");
     }
 
     #[test]
@@ -187,7 +185,7 @@ ip-10-0-3-12.e…pute.internal  eu-1b  0.1.0    10.0.0.12:4701  suspected    -  
 n4                            -      0.1.0    10.0.0.12:4701  banned 40 s  -          1520       0
 n5                            eu-1c  0.1.0    10.0.0.12:4701  down         -          1520       0
 ";
-        assert_eq!(mesh().table(), expected);
+        assert_eq!(mesh_table(&mesh()), expected);
     }
 
     #[test]
@@ -200,10 +198,10 @@ n5                            eu-1c  0.1.0    10.0.0.12:4701  down         -    
             ..member(&"n".repeat(253), Some(&"z".repeat(63)), MemberState::Suspected)
         };
         let widest = MeshStatus { alive: 1, members: vec![long], ..MeshStatus::default() };
-        assert!(widest.table().lines().all(|line| line.chars().count() <= 120), "{}", widest.table());
+        assert!(mesh_table(&widest).lines().all(|line| line.chars().count() <= 120), "{}", mesh_table(&widest));
         let usual =
             MeshStatus { members: vec![member("node-10", Some("eu-central-1a"), MemberState::Alive)], ..mesh() };
-        assert!(usual.table().lines().all(|line| line.len() <= 85), "{}", usual.table());
-        assert!(usual.table().ends_with("and 3 more\n"), "members beyond the table are counted");
+        assert!(mesh_table(&usual).lines().all(|line| line.len() <= 85), "{}", mesh_table(&usual));
+        assert!(mesh_table(&usual).ends_with("and 3 more\n"), "members beyond the table are counted");
     }
 }

@@ -1,5 +1,5 @@
-//! `Status` holds the state of the agent and of its parts. Two traits return the status of the
-//! agent and of the mesh.
+//! `Status` holds the state of the agent and of its parts. `lighterman status --json` prints the
+//! names of the fields, so users may rely on the names.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,26 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::MeshStatus;
 
-/// Most node names in one message; people would not read more. At 253 bytes each, 8 KiB.
-pub const MAX_NAMES: usize = 32;
-
-/// Most members in a status: as many nodes as Kubernetes supports. At some 300 bytes each that is
-/// 1.5 MiB, and 3 MiB with names of the longest kind.
-pub const MAX_STATUS_MEMBERS: usize = 5000;
-
 /// Returns the agent's status from cached state.
 #[async_trait]
 pub trait StatusSource: Send + Sync + 'static {
     /// Current status. Takes a second at most.
     async fn status(&self) -> Status;
-}
-
-/// Returns the status of the mesh.
-#[async_trait]
-pub trait MeshSource: Send + Sync + 'static {
-    /// Current status with at most [`MAX_STATUS_MEMBERS`] members, by node; `None` when the mesh
-    /// does not answer within a second.
-    async fn mesh(&self) -> Option<MeshStatus>;
 }
 
 /// Status of an agent. Unknown values are absent.
@@ -160,7 +145,7 @@ pub struct ImagesStatus {
     pub announced: usize,
     /// Images with a record but incomplete content, which this node does not announce.
     pub incomplete: usize,
-    /// Incomplete images by reason, at most [`MAX_NAMES`] reasons.
+    /// Incomplete images by reason, at most [`super::MAX_NAMES`] reasons.
     pub reasons: BTreeMap<String, usize>,
 }
 
@@ -215,7 +200,7 @@ pub struct OutageStatus {
     pub how: String,
     /// Begin of the outage, in seconds since 1970.
     pub since: u64,
-    /// Nodes that report the outage, at most [`MAX_NAMES`].
+    /// Nodes that report the outage, at most [`super::MAX_NAMES`].
     pub said_by: Vec<String>,
 }
 

@@ -1,19 +1,13 @@
-//! Requests of a person on the node: the agent's status, and a pull by hand.
-//!
-//! `--json` prints the names of the fields, so users may rely on them. `crate::control` has the
-//! transport, `crate::agent` has the answers.
-
-mod status;
+//! A pull by hand: the request, the progress and the kinds of failure. `lighterman pull --json`
+//! prints the names of the fields, so users may rely on the names.
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-pub use self::status::{
-    BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_NAMES, MAX_STATUS_MEMBERS, MeshSource,
-    NextImageStatus, OutageStatus, OwnImageStatus, PolicyFileStatus, RecoveryStatus, RetentionStatus, Status,
-    StatusSource, UdpStatus,
-};
 use crate::oci::Reference;
+
+/// Most node names in one message; people would not read more. At 253 bytes each, 8 KiB.
+pub const MAX_NAMES: usize = 32;
 
 /// A pull that a person starts by hand.
 #[derive(Debug)]
