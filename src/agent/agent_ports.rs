@@ -6,8 +6,9 @@ use tokio::sync::{mpsc, watch};
 
 use super::retention::own_image::OwnImagePorts;
 use crate::admin::ReadinessCheck;
+use crate::model::PodEvent;
 use crate::ports::{
-    Admission, Claims, Cluster, ContainerdStatus, ContentStore, ImportPermission, LayerLeases, Notifier, PodEvent,
+    Admission, Claims, Cluster, ContainerdStatus, ContentStore, ImportPermission, LayerLeases, Notifier,
     PullConnections, Registry, Unpacker,
 };
 use crate::{control, mesh, transfer};

@@ -18,7 +18,8 @@ use super::part::{Part, Tasks};
 use super::recovery::recover::Recoverer;
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::{RetainLayers, RetainOptions};
-use crate::ports::{Cluster, ContentStore, ImagesStatus, LayerLeases, OwnImageStatus, PodEvent, RetentionStatus};
+use crate::model::PodEvent;
+use crate::ports::{Cluster, ContentStore, ImagesStatus, LayerLeases, OwnImageStatus, RetentionStatus};
 
 /// Parts of the agent that retention uses.
 pub(super) struct RetentionDependencies {

@@ -17,9 +17,9 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call, truncate};
-use crate::model::{NodeName, PodRef};
+use crate::model::{NodeName, PodRef, PodReport, PodReportKind};
 use crate::oci::Digest;
-use crate::ports::{ClusterError, PodReport, PodReportKind};
+use crate::ports::ClusterError;
 
 /// A repetition of the same note on the same pod within this time raises the count of the first
 /// Event. Kubernetes' own recorders use ten minutes too. The API server deletes Events after an

@@ -16,10 +16,9 @@ use crate::agent::peers::inventory_view::PeerInventory;
 use crate::agent::recovery::progress::{Progress, RecoveryTracker};
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::{RecoveredImage, ResolvedImage};
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
-use crate::metrics::{Metrics, RecoveryOutcome};
-use crate::model::PeerId;
+use crate::metrics::Metrics;
+use crate::model::{PeerId, RecoveredImage, RecoveryOutcome, ResolvedImage};
 use crate::oci::Reference;
 use crate::ports::{MAX_NAMES, PullFailure, PullProgress, PullRequest};
 

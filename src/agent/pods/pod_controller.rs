@@ -37,15 +37,14 @@ use crate::agent::pods::registry_health::{RegistryHealth, RegistryProbe};
 use crate::agent::recovery::progress::RecoveryTracker;
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::{RecoveredImage, ResolvedImage};
 use crate::decide::container_records::ContainerRecords;
 use crate::decide::opt_in::InvalidAnnotation;
 use crate::decide::policy::{Policy, RecoveryOptions};
 use crate::decide::recovery_queue::RecoveryQueue;
 use crate::metrics::Metrics;
-use crate::model::PodRef;
+use crate::model::{KubeletEvent, PodEvent, PodRef, RecoveredImage, ResolvedImage};
 use crate::oci::{Digest, Reference};
-use crate::ports::{Cluster, ClusterError, KubeletEvent, PodEvent, PullConnections};
+use crate::ports::{Cluster, ClusterError, PullConnections};
 
 /// Interval of the work that time alone starts: probes of registries, reads of the kubelet's
 /// Events, and deletions.

@@ -5,9 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::decide::plan::FetchPlan;
-use crate::model::PeerId;
+use crate::model::{PeerId, RecoveredImage};
 use crate::oci::{Descriptor, Digest, Reference};
 
 /// Progress of one recovery, blob by blob.

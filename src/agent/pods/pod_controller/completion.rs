@@ -9,14 +9,11 @@ use super::waiting_pod::{Deletion, WaitingPod};
 use super::{PodController, WorkResult, now};
 use crate::agent::pods::notifications::PendingNotification;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::{RecoveredImage, ResolvedImage};
 use crate::decide::cause::{failing_image, waits_for_image};
 use crate::decide::pull_failure::{NotRecoverable, is_verifying_credentials};
 use crate::decide::recovery_queue::RecoveryEnd;
-use crate::metrics::RecoveryOutcome;
-use crate::model::{PodRef, PodView};
+use crate::model::{PodRef, PodReportKind, PodView, RecoveredImage, RecoveryOutcome, ResolvedImage};
 use crate::oci::Reference;
-use crate::ports::PodReportKind;
 
 /// Delay between a nudge and the deletion of a pod that still waits. A nudged kubelet needs less
 /// than a second, and some more for unpacking. A kubelet with a stuck queue of pulls needs minutes.

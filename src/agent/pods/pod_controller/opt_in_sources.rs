@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::waiting_pod::PodOptIn;
 use super::{PodController, WorkResult, now};
 use crate::decide::opt_in::{InvalidAnnotation, OptIn, OptInPolicy};
-use crate::model::{PodRef, PodView};
-use crate::ports::{Annotations, Cluster, ClusterError, NamespaceView};
+use crate::model::{Annotations, NamespaceView, PodRef, PodView};
+use crate::ports::{Cluster, ClusterError};
 
 /// Delay before a pod is reconciled again whose namespace could not be read. Longer than the 5 s
 /// for which the adapter remembers that the API server did not answer.

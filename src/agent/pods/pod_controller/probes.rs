@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use super::{PodController, WorkResult, now};
 use crate::decide::cause::{classify_event, failing_image, is_pending, is_pulling, missing_sandbox_image, names_image};
-use crate::model::{PodRef, PodView};
+use crate::model::{KubeletEvent, PodRef, PodView};
 use crate::oci::Reference;
-use crate::ports::{ClusterError, KubeletEvent};
+use crate::ports::ClusterError;
 
 impl PodController {
     /// Probes the registry, unless a recent probe suffices.

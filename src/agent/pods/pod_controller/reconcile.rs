@@ -15,9 +15,8 @@ use crate::decide::cause::{Cause, classify, failing_image, is_pending, names_ano
 use crate::decide::opt_in::OptOutReason;
 use crate::decide::pull_failure::{Consent, FailedPull, IgnoreReason, NotRecoverable, PullVerdict, STALLED, decide};
 use crate::decide::recovery_queue::JoinOutcome;
-use crate::model::{ContainerView, PodRef, PodView, PullPolicy};
+use crate::model::{ContainerView, PodRef, PodReportKind, PodView, PullPolicy};
 use crate::oci::Reference;
-use crate::ports::PodReportKind;
 
 impl PodController {
     pub(super) fn reconcile(&mut self, pod: PodView) {

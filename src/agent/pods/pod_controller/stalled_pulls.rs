@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use super::{PodController, WorkResult, now};
 use crate::decide::cause::waits_for_image;
 use crate::decide::stalled_connections::{SILENT_SERVER_LIFE, TcpConnection, stalled_connections};
-use crate::model::PodRef;
-use crate::ports::{ConnectionsError, PodReportKind, PullConnections};
+use crate::model::{PodRef, PodReportKind};
+use crate::ports::{ConnectionsError, PullConnections};
 
 /// Interval between two lists of containerd's connections while pods wait. One list costs some
 /// milliseconds of processor time on a busy node.
