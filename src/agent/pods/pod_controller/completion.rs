@@ -10,6 +10,7 @@ use super::{PodController, WorkResult, now};
 use crate::agent::pods::notifications::PendingNotification;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::cause::{failing_image, waits_for_image};
+use crate::decide::container_records::{Subject, Topic};
 use crate::decide::pull_failure::{NotRecoverable, is_verifying_credentials};
 use crate::decide::recovery_queue::RecoveryEnd;
 use crate::model::{PodRef, PodReportKind, PodView, RecoveredImage, RecoveryOutcome, ResolvedImage};
@@ -59,8 +60,9 @@ impl PodController {
         self.tracker.end(reference, Err("dry run".to_owned()));
         let note = self.pod_notifier.dry_run_note(reference, digest, &providers);
         tracing::info!(%reference, %digest, note, "dry run");
+        let subject = Subject::Image(reference.to_string());
         for pod in self.queue.finish(reference, RecoveryEnd::Done, now(), rand::random()) {
-            if self.container_records.mark_reported(&pod, "", &reference.to_string(), PodReportKind::DryRun.reason()) {
+            if self.container_records.mark_reported(&pod, &subject, Topic::Event(PodReportKind::DryRun)) {
                 self.spawn_report(pod, PodReportKind::DryRun, note.clone());
             }
         }
@@ -130,7 +132,7 @@ impl PodController {
     /// Reports the verification. No nudge and no deletion follows: a new pod would wait as well.
     fn report_verification(&mut self, pod: &PodRef, reference: &Reference) {
         let (image, reason) = (reference.to_string(), NotRecoverable::VerifiesCredentials);
-        if self.container_records.mark_reported(pod, "", &image, reason.label()) {
+        if self.container_records.mark_reported(pod, &Subject::Image(image.clone()), Topic::from(&reason)) {
             let note = reason.event_text(&image);
             tracing::warn!(%pod, %reference, "the image is here and the kubelet asks its registry all the same");
             self.spawn_report(pod.clone(), PodReportKind::NotRecoverable, note);
@@ -148,7 +150,7 @@ impl PodController {
         for container in view.containers.iter().filter(|container| waits_for_image(container)) {
             let (image, _) = failing_image(view, container);
             if image.parse::<Reference>().is_ok_and(|named| named == *reference) {
-                self.container_records.mark_reported(pod, &container.name, image, "nudged");
+                self.container_records.mark_reported(pod, &Subject::container(&container.name, image), Topic::Nudge);
             }
         }
     }
@@ -175,10 +177,9 @@ impl PodController {
         let note = self.pod_notifier.failed_note(error);
         let image = reference.to_string();
         self.notifications.send(PendingNotification::not_recovered(&image, kind, &pods, &note));
-        let first_reports: Vec<_> = pods
-            .iter()
-            .map(|pod| self.container_records.mark_reported(pod, "", &image, error.outcome().label()))
-            .collect();
+        let (subject, topic) = (Subject::Image(image), Topic::Outcome(error.outcome()));
+        let first_reports: Vec<_> =
+            pods.iter().map(|pod| self.container_records.mark_reported(pod, &subject, topic)).collect();
         // A warning for each outcome that is new to a pod; repeated outcomes are logged at debug
         // level.
         match first_reports.contains(&true) {

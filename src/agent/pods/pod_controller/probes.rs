@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::{PodController, WorkResult, now};
 use crate::decide::cause::{classify_event, failing_image, is_pending, is_pulling, missing_sandbox_image, names_image};
+use crate::decide::container_records::Subject;
 use crate::model::{KubeletEvent, PodRef, PodView};
 use crate::oci::Reference;
 use crate::ports::ClusterError;
@@ -90,7 +91,7 @@ impl PodController {
             if let Some((reference, cause)) = missing_sandbox_image(&event.message)
                 && waiting.view.containers.iter().all(is_pending)
             {
-                self.container_records.record_cause(pod, "", &reference.to_string(), Some(cause));
+                self.container_records.record_cause(pod, &Subject::Sandbox(reference.to_string()), Some(cause));
                 waiting.missing_sandbox_image = Some((reference, cause));
             }
             for image in pending_images(&waiting.view).filter(|image| names_image(&event.message, image)) {
@@ -106,7 +107,8 @@ impl PodController {
             {
                 let (image, _) = failing_image(&waiting.view, container);
                 if names_image(&event.message, image) {
-                    self.container_records.record_cause(pod, &container.name, image, classify_event(&event.message));
+                    let subject = Subject::container(&container.name, image);
+                    self.container_records.record_cause(pod, &subject, classify_event(&event.message));
                 }
             }
         }

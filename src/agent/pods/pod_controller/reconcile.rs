@@ -12,6 +12,7 @@ use super::{PodController, now};
 use crate::agent::pods::notifications::PendingNotification;
 use crate::agent::pods::registry_health::RegistryHealth;
 use crate::decide::cause::{Cause, classify, failing_image, is_pending, names_another_host, waits_for_image};
+use crate::decide::container_records::{Subject, Topic};
 use crate::decide::opt_in::OptOutReason;
 use crate::decide::pull_failure::{Consent, FailedPull, IgnoreReason, NotRecoverable, PullVerdict, STALLED, decide};
 use crate::decide::recovery_queue::JoinOutcome;
@@ -26,7 +27,7 @@ impl PodController {
         let failing = pod.containers.iter().any(waits_for_image);
         if pod.is_ending || !(failing || pod.containers.iter().any(is_pending)) {
             // Resets the Events already sent for the pod as a whole.
-            self.container_records.remove_container(&pod.pod, "");
+            self.container_records.retain_containers(&pod.pod);
             self.stop_waiting(&pod.pod, !pod.is_ending);
             return;
         }
@@ -51,7 +52,7 @@ impl PodController {
         }
         for container in pod.containers.iter().filter(|container| waits_for_image(container)) {
             let (image, _) = failing_image(pod, container);
-            self.record_ignored(pod, &container.name, image, IgnoreReason::OptedOut(reason));
+            self.record_ignored(pod, &Subject::container(&container.name, image), IgnoreReason::OptedOut(reason));
         }
         self.set_needed_images(&pod.pod, BTreeSet::new());
     }
@@ -72,9 +73,10 @@ impl PodController {
         let sandbox = self.waiting.get(&pod.pod).and_then(|waiting| waiting.missing_sandbox_image.clone());
         if let Some((reference, cause)) = sandbox {
             let image = reference.to_string();
-            let cause = self.container_records.record_cause(&pod.pod, "", &image, Some(cause));
+            let subject = Subject::Sandbox(image.clone());
+            let cause = self.container_records.record_cause(&pod.pod, &subject, Some(cause));
             let failure = self.failure(&image, PullPolicy::IfNotPresent, cause, "");
-            needed.extend(self.on_verdict(pod, "", failure, opt_in));
+            needed.extend(self.on_verdict(pod, &subject, failure, opt_in));
         }
         self.set_needed_images(&pod.pod, needed);
     }
@@ -83,14 +85,14 @@ impl PodController {
     fn on_pull_failure(&mut self, pod: &PodView, container: &ContainerView, opt_in: &PodOptIn) -> Option<Reference> {
         let (image, policy) = failing_image(pod, container);
         let waiting = container.waiting.as_ref();
-        let cause = self.container_records.record_cause(&pod.pod, &container.name, image, waiting.and_then(classify));
+        let subject = Subject::container(&container.name, image);
+        let cause = self.container_records.record_cause(&pod.pod, &subject, waiting.and_then(classify));
         let message = waiting.map_or("", |waiting| waiting.message.as_str());
         let failure = self.failure(image, policy, cause, message);
-        let reference = self.on_verdict(pod, &container.name, failure, opt_in)?;
+        let reference = self.on_verdict(pod, &subject, failure, opt_in)?;
         // The image arrived during the kubelet's own attempt. Without a nudge, the kubelet retries
         // only after its back-off.
-        if self.queue.is_settling(&reference)
-            && self.container_records.mark_reported(&pod.pod, &container.name, image, "nudged")
+        if self.queue.is_settling(&reference) && self.container_records.mark_reported(&pod.pod, &subject, Topic::Nudge)
         {
             self.spawn_nudge(pod.pod.clone());
         }
@@ -117,9 +119,11 @@ impl PodController {
             return None;
         }
         let container = pod.containers.iter().find(|container| container.image == image);
-        let name = container.map_or("", |container| container.name.as_str());
-        let needed = self.on_verdict(pod, name, failure, opt_in)?;
-        if is_stalled && self.container_records.mark_reported(&pod.pod, name, image, PodReportKind::Stalled.reason()) {
+        let subject = container
+            .map_or_else(|| Subject::Image(image.to_owned()), |container| Subject::container(&container.name, image));
+        let needed = self.on_verdict(pod, &subject, failure, opt_in)?;
+        let topic = Topic::Event(PodReportKind::Stalled);
+        if is_stalled && self.container_records.mark_reported(&pod.pod, &subject, topic) {
             let note = format!(
                 "{STALLED} The agent recovers {image} from peers meanwhile: new pods of this node find the image at \
                  once."
@@ -144,7 +148,7 @@ impl PodController {
     fn on_verdict(
         &mut self,
         pod: &PodView,
-        container: &str,
+        subject: &Subject,
         failure: FailedPull<'_>,
         opt_in: &PodOptIn,
     ) -> Option<Reference> {
@@ -153,18 +157,19 @@ impl PodController {
         let image = failure.image;
         match decide(failure, Consent { recover_on: &policy.opt_in.recover_on, on_denied, repositories }) {
             PullVerdict::Recover(reference, cause) => {
-                if self.container_records.mark_reported(&pod.pod, container, image, "recover") {
+                if self.container_records.mark_reported(&pod.pod, subject, Topic::Recovery) {
                     self.metrics.pod_failure_seen("recover");
-                    tracing::info!(pod = %pod.pod, container, %reference, ?cause, "a pod cannot get its image");
+                    tracing::info!(pod = %pod.pod, container = subject.container_name(), %reference, ?cause, "a pod cannot get its image");
                 }
-                self.request_recovery(&reference, pod, container, image, priority);
+                self.request_recovery(&reference, pod, subject, priority);
                 return Some(reference);
             }
             PullVerdict::Report(reason) => {
-                if self.container_records.mark_reported(&pod.pod, container, image, reason.label()) {
+                let topic = Topic::from(&reason);
+                if self.container_records.mark_reported(&pod.pod, subject, topic) {
                     self.metrics.pod_failure_seen(reason.label());
                     let note = reason.event_text(image);
-                    tracing::info!(pod = %pod.pod, container, note, "the image cannot be recovered");
+                    tracing::info!(pod = %pod.pod, container = subject.container_name(), note, "the image cannot be recovered");
                     let pods = std::slice::from_ref(&pod.pod);
                     let kind = match reason {
                         NotRecoverable::NotUnderstood(_) => PodReportKind::Unclassified,
@@ -175,35 +180,35 @@ impl PodController {
                     self.spawn_report(pod.pod.clone(), kind, note);
                 }
             }
-            PullVerdict::Ignore(reason) => self.record_ignored(pod, container, image, reason),
+            PullVerdict::Ignore(reason) => self.record_ignored(pod, subject, reason),
         }
         None
     }
 
-    fn request_recovery(&mut self, reference: &Reference, pod: &PodView, container: &str, image: &str, priority: i64) {
+    fn request_recovery(&mut self, reference: &Reference, pod: &PodView, subject: &Subject, priority: i64) {
         match self.queue.join(reference, &pod.pod, priority) {
             JoinOutcome::First => {
                 let seen_at = self.waiting.get(&pod.pod).map_or_else(now, |waiting| waiting.seen_at);
                 self.requested_since.insert(reference.clone(), seen_at);
             }
             JoinOutcome::Recovered => {
-                self.container_records.mark_reported(&pod.pod, container, image, "nudged");
+                self.container_records.mark_reported(&pod.pod, subject, Topic::Nudge);
                 self.spawn_nudge(pod.pod.clone());
             }
             JoinOutcome::JoinedOthers | JoinOutcome::AlreadyWaiting => {}
         }
     }
 
-    fn record_ignored(&mut self, pod: &PodView, container: &str, image: &str, reason: IgnoreReason) {
+    fn record_ignored(&mut self, pod: &PodView, subject: &Subject, reason: IgnoreReason) {
         if reason == IgnoreReason::CauseUnknown {
             // A later message decides on the failure and counts it. Earlier Events of the kubelet
             // may name the cause.
             if let Some(waiting) = self.waiting.get_mut(&pod.pod) {
                 waiting.schedule_event_read(now());
             }
-        } else if self.container_records.mark_reported(&pod.pod, container, image, reason.label()) {
+        } else if self.container_records.mark_reported(&pod.pod, subject, Topic::Ignored(reason)) {
             self.metrics.pod_failure_seen(reason.label());
-            tracing::debug!(pod = %pod.pod, container, ?reason, "no recovery for this container");
+            tracing::debug!(pod = %pod.pod, container = subject.container_name(), ?reason, "no recovery for this container");
         }
     }
 

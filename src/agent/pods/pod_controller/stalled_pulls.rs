@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{PodController, WorkResult, now};
 use crate::decide::cause::waits_for_image;
+use crate::decide::container_records::{Subject, Topic};
 use crate::decide::stalled_connections::{SILENT_SERVER_LIFE, TcpConnection, stalled_connections};
 use crate::model::{PodRef, PodReportKind};
 use crate::ports::{ConnectionsError, PullConnections};
@@ -90,7 +91,7 @@ impl PodController {
             ended.len(),
         );
         for pod in self.late_pods(now()) {
-            if self.container_records.mark_reported(&pod, "", "", PodReportKind::PullEnded.reason()) {
+            if self.container_records.mark_reported(&pod, &Subject::Pod, Topic::Event(PodReportKind::PullEnded)) {
                 self.spawn_report(pod, PodReportKind::PullEnded, note.clone());
             }
         }
