@@ -71,7 +71,8 @@ impl Subject {
         }
     }
 
-    fn image(&self) -> Option<&str> {
+    /// The image that the subject needs, if the subject is not the pod as a whole.
+    pub fn image(&self) -> Option<&str> {
         match self {
             Self::Image(image) | Self::Sandbox(image) | Self::Container { image, .. } => Some(image),
             Self::Pod => None,
