@@ -108,7 +108,8 @@ impl Step<'_> {
         if self.pods.container_records.is_denied(&pod.pod, image) && !opt_in.on_denied {
             return None;
         }
-        let container = pod.containers.iter().find(|container| container.image == image);
+        // Not a container that runs: the reports about such a container are dropped at each look.
+        let container = pod.containers.iter().find(|container| container.image == image && is_pending(container));
         let of_volume = || Subject::Image(image.to_owned());
         let subject = container.map_or_else(of_volume, |container| Subject::container(&container.name, image));
         let needed = self.on_verdict(&pod.pod, &subject, failure, opt_in)?;
