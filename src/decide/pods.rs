@@ -236,3 +236,6 @@ impl Step<'_> {
         self.actions.push(Action::Report(pod, PodReport { kind, note }));
     }
 }
+
+#[cfg(test)]
+mod tests;
