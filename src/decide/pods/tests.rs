@@ -155,6 +155,9 @@ fn a_dry_run_reports_once_and_never_nudges() {
     for is_reported in [true, false] {
         let actions = node.end(RecoveryResult::DryRun { note: "found".into() });
         assert_eq!((reports(&actions).len(), nudges(&actions)), (usize::from(is_reported), vec![]));
+        node.apply(pod("late", REFUSED));
+        assert!(nudges(&node.answer("late", opted_in())).is_empty(), "the image is not here");
+        node.handle(Input::Pod(PodEvent::Deleted(pod("late", REFUSED).pod)));
         node.now += seconds(120);
         assert!(recovers(&node.handle(Input::Due)));
     }

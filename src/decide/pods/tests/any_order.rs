@@ -111,13 +111,13 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     prop::collection::vec(one, 1..250)
 }
 
-/// Half of the nodes try whatever the options permit.
 fn options() -> impl Strategy<Value = RecoveryOptions> {
-    any::<bool>().prop_map(|all| RecoveryOptions {
-        delete_pods: all,
-        end_stalled_pulls: all,
-        ..RecoveryOptions::default()
-    })
+    let default = RecoveryOptions::default();
+    prop_oneof![
+        2 => Just(default),
+        2 => Just(RecoveryOptions { delete_pods: true, end_stalled_pulls: true, ..default }),
+        1 => Just(RecoveryOptions { dry_run: true, ..default }),
+    ]
 }
 
 proptest! {

@@ -209,6 +209,9 @@ impl Driver {
         let is_canceled = self.running.remove(&reference).unwrap_or_default();
         let default = if is_canceled { RecoveryEnd::Abandoned } else { RecoveryEnd::NoProvider };
         let mut result = match end.unwrap_or(default) {
+            RecoveryEnd::Done if self.node.pods.options.recovery.dry_run => {
+                RecoveryResult::DryRun { note: format!("outcome dry run {reference}") }
+            }
             RecoveryEnd::Done => recovered(1),
             RecoveryEnd::NoProvider => failed(RecoveryEnd::NoProvider, RecoveryOutcome::NoProvider),
             RecoveryEnd::Failed => failed(RecoveryEnd::Failed, RecoveryOutcome::FetchFailed),
@@ -319,7 +322,9 @@ impl Driver {
     /// Answers everything at once for this long: each pod opts in, and no peer has an image.
     pub(super) fn rest(&mut self, duration: Duration) -> Checked {
         let end = self.node.now + duration;
-        self.apply(Event::KillSwitch(false))?;
+        if self.node.policy.opt_in.kill_switch {
+            self.apply(Event::KillSwitch(false))?;
+        }
         while self.node.now < end {
             for pod in std::mem::take(&mut self.opt_in_reads) {
                 self.answer_opt_in(pod, Answer::Yes)?;
