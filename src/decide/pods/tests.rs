@@ -17,18 +17,19 @@ const fn seconds(seconds: u64) -> Duration {
 
 /// The kinds of the Events in these actions, by pod.
 fn reports(actions: &[Action]) -> Vec<(&str, PodReportKind)> {
-    let report = |action| match action {
-        &Action::Report(ref pod, PodReport { kind, .. }) => Some((pod.name.as_str(), kind)),
-        _ => None,
-    };
+    fn report(action: &Action) -> Option<(&str, PodReportKind)> {
+        match action {
+            Action::Report(pod, PodReport { kind, .. }) => Some((&pod.name, *kind)),
+            _ => None,
+        }
+    }
     actions.iter().filter_map(report).collect()
 }
 
 fn nudges(actions: &[Action]) -> Vec<&str> {
-    let nudge = |action| match action {
-        &Action::Nudge(ref pod) => Some(pod.name.as_str()),
-        _ => None,
-    };
+    fn nudge(action: &Action) -> Option<&str> {
+        if let Action::Nudge(pod) = action { Some(&pod.name) } else { None }
+    }
     actions.iter().filter_map(nudge).collect()
 }
 

@@ -62,8 +62,8 @@ impl PodController {
             }
             PullVerdict::Report(reason) => {
                 self.metrics.pod_failure_seen(reason.label());
-                let note = reason.event_text(subject.image().unwrap_or_default());
-                tracing::info!(%pod, container, note, "the image cannot be recovered");
+                let note = subject.image().map(|image| reason.event_text(image));
+                tracing::info!(%pod, container, note = note.as_deref(), "the image cannot be recovered");
             }
             PullVerdict::Ignore(reason) => {
                 self.metrics.pod_failure_seen(reason.label());
