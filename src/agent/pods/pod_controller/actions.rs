@@ -102,7 +102,7 @@ impl PodController {
         let (recoverer, stopping, metrics) = (Arc::clone(&self.recoverer), self.stopping.clone(), self.metrics.clone());
         self.spawn(async move {
             let answer = stopping.run_until_cancelled(probe).await;
-            if !answer.is_some_and(|probe| probe.result.is_ok()) {
+            if answer.is_none_or(|probe| probe.result.is_err()) {
                 return None;
             }
             match recoverer.remove_broken_record(&reference).await {
