@@ -33,10 +33,8 @@ use tokio::sync::watch;
 
 use crate::api_server::{AgentPod, ApiServer};
 use crate::decide::clock_skew::ClockSample;
-use crate::model::{NodeName, Owner, PodRef, Zone};
-use crate::ports::{
-    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, PodReport, PullSecret,
-};
+use crate::model::{Annotations, KubeletEvent, NamespaceView, NodeName, Owner, PodRef, PodReport, Zone};
+use crate::ports::{Cluster, ClusterError, NodeReport, PullSecret};
 
 /// This agent's client of the API server.
 pub struct KubeCluster {

@@ -25,6 +25,7 @@ pub mod piece_picker;
 pub mod pin_term;
 pub mod plan;
 pub mod pod_keys;
+pub mod pods;
 pub mod policy;
 pub mod pull_failure;
 pub mod recovery_queue;

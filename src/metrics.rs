@@ -20,6 +20,7 @@ use self::network::NetworkMetrics;
 use self::own_image::OwnImageMetrics;
 pub use self::register::MetricDescription;
 use self::register::{Register, counter, counters, gauge, histogram};
+use crate::model::RecoveryOutcome;
 
 /// The metrics of one agent. Cheap to clone; all clones share their values.
 #[derive(Clone)]
@@ -53,52 +54,6 @@ pub struct Metrics {
     deletions: IntCounterVec,
     notifications: IntCounterVec,
     policy_file_valid: IntGauge,
-}
-
-/// The outcome of a recovery; the label `outcome`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RecoveryOutcome {
-    /// The recovery brought the image to this node.
-    Recovered,
-    /// The image was complete on this node, so the agent only nudged the pod.
-    AlreadyHere,
-    /// No peer has the image.
-    NoProvider,
-    /// No peer has some of the missing blobs.
-    BlobsWithoutProvider,
-    /// The runtime permits no imports.
-    ImportsRefused,
-    /// A dry run decides and fetches nothing.
-    DryRun,
-    /// Fetches from all providers failed.
-    FetchFailed,
-    /// The content store of this node failed.
-    StoreFailed,
-    /// A manifest is invalid, or no manifest is for this platform.
-    Unusable,
-    /// The image exceeds a limit.
-    OverLimit,
-    /// No pod waited for the image any more.
-    Abandoned,
-}
-
-impl RecoveryOutcome {
-    /// The value of the metric's label `outcome`.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Recovered => "recovered",
-            Self::AlreadyHere => "already_here",
-            Self::NoProvider => "no_provider",
-            Self::BlobsWithoutProvider => "not_held",
-            Self::ImportsRefused => "closed",
-            Self::DryRun => "dry_run",
-            Self::FetchFailed => "fetch_failed",
-            Self::StoreFailed => "store_failed",
-            Self::Unusable => "unusable",
-            Self::OverLimit => "over_limit",
-            Self::Abandoned => "abandoned",
-        }
-    }
 }
 
 impl Metrics {

@@ -20,10 +20,7 @@ mod unpacker;
 
 pub use admission::{Admission, AdmittedPeer, LEEWAY, Rejection};
 pub use claims::{ClaimError, Claims};
-pub use cluster::{
-    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, NodeReportKind, PodEvent, PodReport,
-    PodReportKind, PullSecret,
-};
+pub use cluster::{Cluster, ClusterError, NodeReport, NodeReportKind, PullSecret};
 pub use connections::{ConnectionsError, PullConnections};
 pub use content_store::{
     BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord,

@@ -7,9 +7,10 @@ use tokio::sync::{mpsc, watch};
 use super::retention::own_image::OwnImagePorts;
 use crate::admin::ReadinessCheck;
 use crate::control::ContainerdStatus;
+use crate::model::PodEvent;
 use crate::ports::{
-    Admission, Claims, Cluster, ContentStore, ImportPermission, LayerLeases, Notifier, PodEvent, PullConnections,
-    Registry, Unpacker,
+    Admission, Claims, Cluster, ContentStore, ImportPermission, LayerLeases, Notifier, PullConnections, Registry,
+    Unpacker,
 };
 use crate::{control, mesh, transfer};
 

@@ -18,8 +18,8 @@ use super::context::AgentContext;
 use super::membership::announcer::RecordTargets;
 use super::part::{Part, Tasks};
 use super::recovery::recover::Recoverer;
-use crate::model::Outage;
-use crate::ports::{Claims, Cluster, Notifier, PodEvent, PullConnections, Registry};
+use crate::model::{Outage, PodEvent};
+use crate::ports::{Claims, Cluster, Notifier, PullConnections, Registry};
 
 /// Parts of the agent that the pods' part uses.
 pub(super) struct PodsDependencies {

@@ -13,7 +13,6 @@ pub mod layer_unpacker;
 pub mod progress;
 pub mod recover;
 pub mod recover_error;
-pub mod recovered_image;
 pub mod reference_resolver;
 pub mod suspecting_fetcher;
 pub mod swarm;

@@ -19,7 +19,8 @@ use super::recovery::recover::Recoverer;
 use crate::control::{ImagesStatus, OwnImageStatus, RetentionStatus};
 use crate::decide::fill::FetchFrom;
 use crate::decide::retain::{RetainLayers, RetainOptions};
-use crate::ports::{Cluster, ContentStore, LayerLeases, PodEvent};
+use crate::model::PodEvent;
+use crate::ports::{Cluster, ContentStore, LayerLeases};
 
 /// Parts of the agent that retention uses.
 pub(super) struct RetentionDependencies {

@@ -10,8 +10,8 @@ use kube::{Api, Client};
 
 use super::pod_view::MAX_TEXT;
 use crate::api_server::error::{REQUEST_TIMEOUT, call, truncate};
-use crate::model::PodRef;
-use crate::ports::{ClusterError, KubeletEvent};
+use crate::model::{KubeletEvent, PodRef};
+use crate::ports::ClusterError;
 
 /// Most Events of a pod in one answer. A kubelet writes 25 Events on one object in a burst and then
 /// one in 5 min, and the API server deletes an Event after an hour: 37 Events. The API server sorts

@@ -8,8 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::model::PodRef;
-use crate::ports::PodEvent;
+use crate::model::{PodEvent, PodRef};
 
 /// The annotation of a mirror; the value is the kubelet's UID of the static pod.
 pub(super) const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";

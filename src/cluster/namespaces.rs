@@ -9,7 +9,8 @@ use kube::{Api, Client};
 use super::metadata::metadata;
 use super::pod_view::bounded_pairs;
 use super::response_cache::ResponseCache;
-use crate::ports::{ClusterError, NamespaceView};
+use crate::model::NamespaceView;
+use crate::ports::ClusterError;
 
 /// Time until a changed annotation counts. Within this time the pods of a failing Deployment share
 /// one request.

@@ -10,9 +10,9 @@ use super::KubeCluster;
 use crate::api_server::AgentPod;
 use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call, is_object_name};
 use crate::decide::own_image::{MAX_IMAGES, OwnImages};
-use crate::model::{ContainerKind, Owner, PodView};
+use crate::model::{ContainerKind, Owner, PodEvent, PodView};
 use crate::oci::Reference;
-use crate::ports::{ClusterError, OwnDaemonSet, PodEvent};
+use crate::ports::{ClusterError, OwnDaemonSet};
 
 /// The agent's own pod, from its last event in the watch of this node's pods.
 #[derive(Default)]

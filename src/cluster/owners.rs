@@ -16,8 +16,8 @@ use super::metadata::metadata;
 use super::pod_view::{bounded_pairs, controlling_owner};
 use super::response_cache::ResponseCache;
 use crate::api_server::error::{ApiError, is_object_name};
-use crate::model::Owner;
-use crate::ports::{Annotations, ClusterError};
+use crate::model::{Annotations, Owner};
+use crate::ports::ClusterError;
 
 /// Time until a changed annotation counts, longer than for a namespace. An opt-in in a Deployment's
 /// template starts a rollout, whose new ReplicaSet is not in the cache.

@@ -16,9 +16,9 @@ use parking_lot::Mutex;
 use serde_json::json;
 
 use crate::api_server::error::{ApiError, REQUEST_TIMEOUT, call, truncate};
-use crate::model::{NodeName, PodRef};
+use crate::model::{NodeName, PodRef, PodReport, PodReportKind};
 use crate::oci::Digest;
-use crate::ports::{ClusterError, PodReport, PodReportKind};
+use crate::ports::ClusterError;
 use crate::util::clock;
 use crate::util::token_bucket::{Rate, TokenBucket};
 

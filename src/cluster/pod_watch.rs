@@ -13,8 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::KubeCluster;
 use super::pod_view::pod_view;
 use crate::api_server::error::error_chain;
-use crate::model::{NodeName, PodRef};
-use crate::ports::PodEvent;
+use crate::model::{NodeName, PodEvent, PodRef};
 
 impl KubeCluster {
     /// Sends every event of this node's pods to `out` until `stop`, or until the receiver closes.

@@ -86,7 +86,7 @@ pub enum OptIn {
 }
 
 /// Why a pod is not recovered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum OptOutReason {
     /// The kill switch is on.
     KillSwitch,

@@ -182,6 +182,15 @@ impl RegistryOutages {
         self.registries.get(registry).is_some_and(|known| known.outage(now).is_some())
     }
 
+    /// Whether the registry counts as down. This node's own evidence suffices. Otherwise two peers
+    /// must announce the outage, or one peer if the last probe from here failed too; a recent
+    /// answer to this node outweighs both. One peer alone does not suffice: a lying peer could then
+    /// decide for every node which content a tag has.
+    pub fn counts_as_down(&self, registry: &str, reporting_peers: usize, now: Instant) -> bool {
+        let required_peers = if self.did_last_probe_fail(registry) { 1 } else { 2 };
+        self.is_down(registry, now) || (reporting_peers >= required_peers && !self.is_answering(registry, now))
+    }
+
     /// Whether the registry answered the last probe, which is at most 60 s old, and is not down
     /// here. Stronger than the outages that peers announce.
     pub fn is_answering(&self, registry: &str, now: Instant) -> bool {

@@ -58,7 +58,7 @@ pub enum PullVerdict {
 }
 
 /// Why a waiting container is ignored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum IgnoreReason {
     /// The pod is not recovered.
     OptedOut(OptOutReason),

@@ -1,48 +1,12 @@
 //! Kubernetes: the pods of this node, their owners, and Events.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use async_trait::async_trait;
 
 use crate::decide::clock_skew::ClockSample;
-use crate::model::{NodeName, Owner, PodRef, PodView, Zone};
-
-/// Event of the watch of this node's pods.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PodEvent {
-    /// A pod is new, changed or listed again.
-    Applied(Box<PodView>),
-    /// A pod no longer exists.
-    Deleted(PodRef),
-    /// Every existing pod was applied at least once. Earlier pods that are not in this list are
-    /// gone.
-    Synced(Vec<PodRef>),
-}
-
-/// Annotations of one object.
-pub type Annotations = BTreeMap<String, String>;
-
-/// A namespace, as far as the agent reads it.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct NamespaceView {
-    /// Labels, for selectors.
-    pub labels: BTreeMap<String, String>,
-    /// Annotations, for the opt-in.
-    pub annotations: Annotations,
-}
-
-/// An Event that the kubelet wrote on a pod.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KubeletEvent {
-    /// Reason, such as `Failed` or `FailedCreatePodSandBox`.
-    pub reason: String,
-    /// Container that the Event names, if any.
-    pub container: Option<String>,
-    /// Message, for people.
-    pub message: String,
-}
+use crate::model::{Annotations, KubeletEvent, NamespaceView, NodeName, Owner, PodRef, PodReport, Zone};
 
 /// Content of a `kubernetes.io/dockerconfigjson` Secret. `Debug` omits the content, so no log has
 /// it.
@@ -131,16 +95,6 @@ pub trait Cluster: Send + Sync + 'static {
     async fn clock(&self) -> Result<ClockSample, ClusterError>;
 }
 
-/// An Event on a pod.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodReport {
-    /// Kind of the Event; its reason follows from the kind.
-    pub kind: PodReportKind,
-    /// Sentence for people: image, provider, remedy. Kubernetes' limit for notes is 1024 bytes, and
-    /// the rest is cut.
-    pub note: String,
-}
-
 /// An Event on the agent's own node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeReport {
@@ -169,52 +123,6 @@ impl NodeReportKind {
             Self::ClockSkew => "NodeClockSkewed",
             Self::KeyReplaced => "AgentKeyReplaced",
         }
-    }
-}
-
-/// Reasons of the agent's Events. Users may rely on them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum PodReportKind {
-    /// The image is on the node, and the pod can start.
-    Recovered,
-    /// The recovery failed and will be retried.
-    Failed,
-    /// No recovery helps or is permitted; the note has the reason and the remedy.
-    NotRecoverable,
-    /// No peer has the image under this reference; the recovery waits for a provider.
-    NoProvider,
-    /// A pull does not end; the note names the obstacle and the deadline.
-    Stalled,
-    /// The agent ended a stalled pull by ending containerd's connection, which the note names.
-    PullEnded,
-    /// The kubelet's message about a failed pull is unknown to this release; the note quotes it.
-    Unclassified,
-    /// The record of an image that no node can repair was removed, so the kubelet pulls the image
-    /// anew.
-    RecordRemoved,
-    /// A dry run found providers for the image.
-    DryRun,
-}
-
-impl PodReportKind {
-    /// The Event's reason.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Recovered => "ImageRecovered",
-            Self::Failed => "ImageRecoveryFailed",
-            Self::NotRecoverable => "ImageNotRecoverable",
-            Self::NoProvider => "ImageNoProvider",
-            Self::Stalled => "ImagePullStalled",
-            Self::PullEnded => "ImagePullEnded",
-            Self::Unclassified => "ImagePullErrorUnknown",
-            Self::RecordRemoved => "ImageRecordRemoved",
-            Self::DryRun => "ImageRecoveryDryRun",
-        }
-    }
-
-    /// Whether `kubectl` shows the Event as a warning.
-    pub fn is_warning(self) -> bool {
-        !matches!(self, Self::Recovered | Self::DryRun)
     }
 }
 

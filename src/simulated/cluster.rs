@@ -9,12 +9,11 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::broadcast;
 
 use crate::decide::clock_skew::ClockSample;
-use crate::model::{LeaseSnapshot, LeaseVersion, NodeName, Owner, PodRef, Zone};
-use crate::oci::Digest;
-use crate::ports::{
-    Annotations, ClaimError, Claims, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, PodReport,
-    PullSecret,
+use crate::model::{
+    Annotations, KubeletEvent, LeaseSnapshot, LeaseVersion, NamespaceView, NodeName, Owner, PodRef, PodReport, Zone,
 };
+use crate::oci::Digest;
+use crate::ports::{ClaimError, Claims, Cluster, ClusterError, NodeReport, PullSecret};
 
 /// The cluster. Clones share state.
 #[derive(Clone)]

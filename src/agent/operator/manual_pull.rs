@@ -16,11 +16,10 @@ use crate::agent::peers::inventory_view::PeerInventory;
 use crate::agent::recovery::progress::{Progress, RecoveryTracker};
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::{RecoveredImage, ResolvedImage};
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::control::{MAX_NAMES, PullFailure, PullProgress, PullRequest};
-use crate::metrics::{Metrics, RecoveryOutcome};
-use crate::model::PeerId;
+use crate::metrics::Metrics;
+use crate::model::{PeerId, RecoveredImage, RecoveryOutcome, ResolvedImage};
 use crate::oci::Reference;
 
 /// Concurrent manual pulls: few, because these run besides the recoveries for pods. Further

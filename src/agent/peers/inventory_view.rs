@@ -1,7 +1,7 @@
 //! Providers, tags and outages that peers announce, as recoveries read them. The mesh writes the
 //! inventory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio::sync::watch;
 
@@ -105,6 +105,12 @@ impl PeerInventory {
         self.inventory.read(|inventory| {
             inventory.outages(registry).into_iter().map(|(outage, peers)| (outage.clone(), peers)).collect()
         })
+    }
+
+    /// The number of peers that announce an outage of this registry.
+    pub fn count_outage_reports(&self, registry: &str) -> usize {
+        let peers = self.registry_outages(registry).into_iter().flat_map(|(_, peers)| peers);
+        peers.collect::<BTreeSet<_>>().len()
     }
 
     /// The first `most` outages in the order of registries, with the peers that announce them.

@@ -13,11 +13,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::peers::inventory_view::PeerInventory;
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::metrics::Metrics;
-use crate::model::{NodeName, PeerId, PodRef};
+use crate::model::{NodeName, PeerId, PodRef, PodReportKind, RecoveredImage};
 use crate::oci::{Digest, Reference};
-use crate::ports::{ClaimError, Claims, MAX_PODS, Notification, Notifier, PodReportKind};
+use crate::ports::{ClaimError, Claims, MAX_PODS, Notification, Notifier};
 use crate::util::clock::sleep_until;
 
 /// Messages that wait to be sent. Further messages are dropped and counted. A node recovers a few

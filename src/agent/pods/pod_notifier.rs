@@ -7,13 +7,12 @@ use std::time::Duration;
 
 use crate::agent::peers::inventory_view::PeerInventory;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::control::UdpStatus;
 use crate::decide::transport_choice::{MAX_BLOB, MAX_IMAGE};
 use crate::metrics::Metrics;
-use crate::model::{PeerId, PodRef};
+use crate::model::{PeerId, PodRef, PodReport, PodReportKind, RecoveredImage};
 use crate::oci::{Digest, Reference};
-use crate::ports::{Cluster, ClusterError, PodReport, PodReportKind};
+use crate::ports::{Cluster, ClusterError};
 
 /// Attempts for one nudge. A pod without a nudge starts later: the kubelet syncs by itself within a
 /// minute and a half.

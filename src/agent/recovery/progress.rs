@@ -5,13 +5,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use parking_lot::Mutex;
-
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::decide::plan::FetchPlan;
-use crate::model::PeerId;
+use crate::model::{PeerId, RecoveredImage};
 use crate::oci::{Descriptor, Digest, Reference};
 use crate::util::clock;
+use parking_lot::Mutex;
 
 /// Progress of one recovery, blob by blob.
 #[derive(Debug, Default)]

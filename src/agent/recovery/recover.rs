@@ -44,14 +44,13 @@ use crate::agent::recovery::claim_coordinator::ClaimCoordinator;
 use crate::agent::recovery::layer_unpacker::{LayerUnpacker, UnnamedImage};
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::{RecoveredImage, ResolvedImage};
 use crate::agent::recovery::reference_resolver::{RecoveryRequest, ReferenceResolver};
 use crate::agent::recovery::swarm::{FetchJob, Swarm};
 use crate::decide::disk_reservations::Reservations;
 use crate::decide::plan::FetchPlan;
 use crate::decide::policy::Policy;
 use crate::decide::transport_choice::check_image;
-use crate::model::PeerId;
+use crate::model::{PeerId, RecoveredImage, ResolvedImage};
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
 use crate::ports::{ContentStore, ImageRecord, ImportPermission};
 

@@ -3,10 +3,9 @@
 use crate::decide::disk_floor::OverLimit;
 use crate::decide::recovery_queue::RecoveryEnd;
 use crate::decide::transport_choice::TooLarge;
-use crate::metrics::RecoveryOutcome;
-use crate::model::PeerId;
+use crate::model::{PeerId, PodReportKind, RecoveryOutcome};
 use crate::oci::{Digest, DocumentError, MAX_INDEX_DEPTH, Platform, Reference};
-use crate::ports::{FetchError, PodReportKind, StoreError};
+use crate::ports::{FetchError, StoreError};
 
 /// Reason of a failed recovery.
 #[derive(Debug, thiserror::Error)]

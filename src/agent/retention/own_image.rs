@@ -13,14 +13,14 @@ use tokio_util::sync::CancellationToken;
 use crate::agent::recovery::progress::{Progress, RecoveryTracker};
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::control::{NextImageStatus, OwnImageStatus};
 use crate::decide::own_image::{
     OwnImageSituation, OwnImageStep, OwnImageWait, OwnImages, Protection, ProtectionChange, own_image_step,
     protection_changes, read_interval,
 };
-use crate::metrics::{Metrics, RecoveryOutcome};
+use crate::metrics::Metrics;
+use crate::model::{RecoveredImage, RecoveryOutcome};
 use crate::oci::{Document, Reference};
 use crate::ports::{ContentStore, ImportPermission, OwnDaemonSet, ProtectedImages, StoreError};
 

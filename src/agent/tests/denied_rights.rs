@@ -11,8 +11,7 @@ use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::pod_needs::waiting;
 use super::*;
 use crate::decide::policy::RecoveryOptions;
-use crate::model::{Owner, PodView};
-use crate::ports::PodReportKind;
+use crate::model::{Owner, PodReportKind, PodView};
 
 /// The log of this thread. A paused clock needs a single-threaded runtime, so every task logs here.
 #[derive(Clone, Default)]

@@ -10,7 +10,7 @@ use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::disk_floor::OverLimit;
 use crate::decide::disk_floor::{Disks, FileSystem, Volume};
-use crate::ports::PodReportKind;
+use crate::model::PodReportKind;
 
 const GIB: u64 = 1 << 30;
 

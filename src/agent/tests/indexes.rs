@@ -6,9 +6,9 @@ use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::*;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::RecoveredImage;
+use crate::model::{PodReportKind, RecoveredImage};
 use crate::oci::{Descriptor, MAX_INDEX_DEPTH};
-use crate::ports::{ChildKind, PodReportKind};
+use crate::ports::ChildKind;
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {

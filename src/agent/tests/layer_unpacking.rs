@@ -14,9 +14,9 @@ use super::*;
 use crate::agent::recovery::layer_unpacker::LayerUnpacker;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::decide::disk_floor::OverLimit;
 use crate::decide::disk_floor::{Disks, FileSystem};
+use crate::model::RecoveredImage;
 use crate::oci::StackedLayer;
 use crate::ports::{Pin, UnpackError, UnpackOutcome, Unpacker};
 

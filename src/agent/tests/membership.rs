@@ -21,8 +21,8 @@ use crate::decide::fill::FetchFrom;
 use crate::decide::policy::RecoveryOptions;
 use crate::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use crate::identity::Identity;
-use crate::model::{Credential, MeshStatus};
-use crate::ports::{Admission, AdmittedPeer, PodEvent, Rejection};
+use crate::model::{Credential, MeshStatus, PodEvent};
+use crate::ports::{Admission, AdmittedPeer, Rejection};
 use crate::{control, mesh, transfer};
 
 const GRACE: Duration = Duration::from_secs(10);

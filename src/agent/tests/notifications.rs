@@ -7,8 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::agent::pods::notifications::{NotificationQueue, NotificationSender, PendingNotification};
-use crate::agent::recovery::recovered_image::RecoveredImage;
-use crate::model::PodRef;
+use crate::model::{PodRef, RecoveredImage};
 use crate::ports::NotifyError;
 use crate::testing::MemoryNotifier;
 

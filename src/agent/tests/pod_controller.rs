@@ -16,8 +16,10 @@ use crate::agent::pods::pod_controller::{PodController, PodControllerParts};
 use crate::agent::pods::registry_health::RegistryHealth;
 use crate::agent::recovery::progress::RecoveryTracker;
 use crate::decide::policy::RecoveryOptions;
-use crate::model::{ContainerKind, ContainerView, Outage, PodRef, PodView, PullPolicy, WaitingState};
-use crate::ports::{PodEvent, PodReportKind, PullConnections};
+use crate::model::{
+    ContainerKind, ContainerView, Outage, PodEvent, PodRef, PodReportKind, PodView, PullPolicy, WaitingState,
+};
+use crate::ports::PullConnections;
 
 pub(super) const REFUSED: &str = "dial tcp 10.0.0.1:443: connect: connection refused";
 

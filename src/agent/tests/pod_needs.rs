@@ -7,8 +7,9 @@ mod opt_in;
 use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::*;
 use crate::decide::policy::RecoveryOptions;
-use crate::model::{ContainerKind, ContainerView, ImageVolume, Owner, PodView, WaitingState};
-use crate::ports::{KubeletEvent, PodReportKind};
+use crate::model::{
+    ContainerKind, ContainerView, ImageVolume, KubeletEvent, Owner, PodReportKind, PodView, WaitingState,
+};
 
 /// A new pod, whose containers the kubelet has not started yet.
 pub(super) fn pending_pod(name: &str, image: &str) -> PodView {

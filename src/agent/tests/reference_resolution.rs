@@ -5,9 +5,9 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::ResolvedImage;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::decide::tag::TagPolicy;
+use crate::model::ResolvedImage;
 use crate::ports::PullSecret;
 use crate::testing::image::{Recipe, make_image};
 

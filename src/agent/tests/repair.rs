@@ -6,11 +6,10 @@ use super::pod_controller::{RunningController, failing_pod, reports};
 use super::*;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
-use crate::model::WaitingState;
+use crate::model::{PodReportKind, RecoveredImage, WaitingState};
 use crate::oci::Repository;
-use crate::ports::{BlobMetadata, PodReportKind, Unpacker as _};
+use crate::ports::{BlobMetadata, Unpacker as _};
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {

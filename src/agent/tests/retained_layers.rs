@@ -6,11 +6,12 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
-use crate::agent::pods::registry_health::{RegistryHealth, RegistryProbe};
+use crate::agent::pods::registry_health::RegistryHealth;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::retention::retainer::tests::RetainTestNode;
 use crate::decide::byte_bucket::MIN_RATE;
 use crate::decide::fill::FetchFrom;
+use crate::decide::outage::RegistryOutages;
 use crate::decide::retain::RetainLayers;
 use crate::model::{Outage, OutageKind};
 use crate::ports::{PullSecret, RegistryError};
@@ -234,15 +235,18 @@ async fn an_outage_announced_by_a_single_peer_makes_a_registry_unhealthy() {
     test_node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let (inventory, registry) = (test_node.inventory.clone(), Arc::clone(&test_node.registry) as _);
     let observed_outages = watch::channel(Vec::new()).0;
-    let mut registries = RegistryHealth::new(inventory, registry, true, observed_outages, test_node.metrics.clone());
-    let (healthy, now) = (registries.healthy(), std::time::Instant::now());
-    registries.publish(now);
+    let registries = RegistryHealth::new(inventory, registry, true, observed_outages, test_node.metrics.clone());
+    let (healthy, now, clock) = (registries.healthy(), std::time::Instant::now(), std::time::SystemTime::now());
+    let mut outages = RegistryOutages::default();
+    registries.publish(&outages, now);
     assert!(healthy.borrow().is_empty(), "a registry that never answered");
-    registries.record_probe(RegistryProbe { registry: "r.test".into(), result: Ok(()) }, now);
+    outages.record_probe("r.test", Ok(()), now, clock);
+    registries.publish(&outages, now);
     assert!(healthy.borrow().contains("r.test"));
     let outage = Outage { registry: "r.test".into(), kind: OutageKind::TimedOut, since: 1 };
     test_node.inventory.apply(MeshEvent::Changed(peer(1), vec![InventoryChange::Added(InventoryItem::Outage(outage))]));
-    registries.publish(now);
+    registries.publish(&outages, now);
     assert!(healthy.borrow().is_empty());
-    assert!(!registries.is_down("r.test", now), "one peer is not enough for pods");
+    let reports = test_node.inventory.count_outage_reports("r.test");
+    assert!(reports == 1 && !outages.counts_as_down("r.test", reports, now), "one peer is not enough for pods");
 }

@@ -11,7 +11,8 @@ use super::pod_needs::pending_pod;
 use super::*;
 use crate::decide::policy::RecoveryOptions;
 use crate::decide::stalled_connections::{TcpConnection, TcpConnections};
-use crate::ports::{ConnectionsError, KubeletEvent, PodReportKind, PullConnections};
+use crate::model::{KubeletEvent, PodReportKind};
+use crate::ports::{ConnectionsError, PullConnections};
 
 /// The connections of a fake containerd: one is silent, the other is slow.
 struct FakeConnections {

@@ -7,9 +7,9 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::decide::claim::{ZoneLeader, zone_claim};
+use crate::model::RecoveredImage;
 use crate::oci::{MIN_PIECE_SIZE, PieceLayout};
 use crate::ports::{FetchError, PartialBlobs};
 

@@ -8,9 +8,9 @@ use tokio::net::TcpStream;
 use tokio::sync::{broadcast, mpsc};
 
 use super::{DemoError, missing_blob};
-use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy, WaitingState};
+use crate::model::{ContainerKind, ContainerView, PodEvent, PodRef, PodView, PullPolicy, WaitingState};
 use crate::oci::Reference;
-use crate::ports::{ContentStore, PodEvent};
+use crate::ports::ContentStore;
 
 pub(super) struct Kubelet {
     store: Arc<dyn ContentStore>,

@@ -21,9 +21,9 @@ use crate::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use crate::identity::Identity;
 use crate::layout::LayoutStore;
 use crate::metrics::Metrics;
-use crate::model::PeerId;
+use crate::model::{PeerId, PodEvent};
 use crate::oci::{Digest, Reference};
-use crate::ports::{ImportPermission, PodEvent};
+use crate::ports::ImportPermission;
 use crate::simulated::{MemoryCluster, MemoryRegistry};
 use crate::{mesh, transfer};
 

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use lighterman::cluster::KubeCluster;
-use lighterman::model::PodView;
-use lighterman::ports::PodEvent;
+use lighterman::model::{PodEvent, PodView};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;

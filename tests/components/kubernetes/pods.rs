@@ -6,8 +6,8 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use lighterman::api_server::connect;
 use lighterman::cluster::KubeCluster;
-use lighterman::model::{ContainerKind, ImageVolume, PodRef, PullPolicy};
-use lighterman::ports::{Cluster, ClusterError, PodEvent};
+use lighterman::model::{ContainerKind, ImageVolume, PodEvent, PodRef, PullPolicy};
+use lighterman::ports::{Cluster, ClusterError};
 use serde_json::json;
 
 use super::apiserver::{KubeNamespace, create, requests, with_deadline};

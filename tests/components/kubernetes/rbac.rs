@@ -12,11 +12,9 @@ use lighterman::admission::{TokenAdmission, TokenAdmissionOptions};
 use lighterman::api_server::{ApiServer, connect};
 use lighterman::cluster::KubeCluster;
 use lighterman::metrics::Metrics;
-use lighterman::model::{Owner, PeerId};
+use lighterman::model::{Owner, PeerId, PodEvent, PodReport, PodReportKind};
 use lighterman::oci::Digest;
-use lighterman::ports::{
-    Admission, Claims, Cluster, ClusterError, NodeReport, NodeReportKind, PodEvent, PodReport, PodReportKind,
-};
+use lighterman::ports::{Admission, Claims, Cluster, ClusterError, NodeReport, NodeReportKind};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 

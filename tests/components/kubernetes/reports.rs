@@ -3,8 +3,8 @@
 use k8s_openapi::api::core::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
-use lighterman::model::NodeName;
-use lighterman::ports::{Cluster, ClusterError, NodeReport, NodeReportKind, PodReport, PodReportKind};
+use lighterman::model::{NodeName, PodReport, PodReportKind};
+use lighterman::ports::{Cluster, ClusterError, NodeReport, NodeReportKind};
 
 use super::apiserver::{KubeNamespace, with_deadline};
 

@@ -12,9 +12,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::decide::fill::SecretName;
 use crate::decide::policy::Policy;
-use crate::model::{PodRef, PodView};
+use crate::model::{NamespaceView, PodEvent, PodRef, PodView};
 use crate::oci::Reference;
-use crate::ports::{Cluster, ClusterError, NamespaceView, PodEvent};
+use crate::ports::{Cluster, ClusterError};
 
 /// A namespace's opt-in is read again for a new pod after this time.
 const REFRESH_WITH_NEW_POD: Duration = Duration::from_secs(60);

@@ -7,9 +7,9 @@ use super::*;
 use crate::decide::fill::{FetchFrom, RATE};
 use crate::decide::policy::Policy;
 use crate::decide::retain::{RetainBytes, RetainLayers};
-use crate::model::{ContainerKind, ContainerView, PodRef, PodView, PullPolicy};
+use crate::model::{ContainerKind, ContainerView, PodEvent, PodRef, PodView, PullPolicy};
 use crate::oci::{Descriptor, Reference};
-use crate::ports::{BlobMetadata, Child, ChildKind, ImageRecord, PodEvent};
+use crate::ports::{BlobMetadata, Child, ChildKind, ImageRecord};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{MemoryCluster, MemoryStore};
 

@@ -1,7 +1,7 @@
 //! Early recoveries: outages of registries, before a pull of the pod has failed.
 
 use super::*;
-use crate::agent::pods::registry_health::RegistryHealth;
+use crate::decide::outage::RegistryOutages;
 use crate::model::{Outage, OutageKind};
 use crate::ports::RegistryError;
 
@@ -71,14 +71,9 @@ async fn the_outage_of_a_single_peer_does_not_count_before_the_registry_is_probe
                 .inventory
                 .apply(MeshEvent::Changed(peer(number), vec![InventoryChange::Added(InventoryItem::Outage(outage))]));
         }
-        let registry_health = RegistryHealth::new(
-            test_node.inventory.clone(),
-            Arc::clone(&test_node.registry) as _,
-            true,
-            watch::channel(Vec::new()).0,
-            test_node.metrics.clone(),
-        );
-        assert_eq!(registry_health.is_down("r.test", std::time::Instant::now()), expected, "{peers}");
+        let reports = test_node.inventory.count_outage_reports("r.test");
+        let is_down = RegistryOutages::default().counts_as_down("r.test", reports, std::time::Instant::now());
+        assert_eq!(is_down, expected, "{peers}");
     }
 }
 

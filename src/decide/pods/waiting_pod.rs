@@ -9,6 +9,7 @@ use crate::model::{ContainerKind, ContainerView, PodView};
 use crate::oci::Reference;
 
 /// One pod while any of its containers waits.
+#[derive(Debug)]
 pub(super) struct WaitingPod {
     pub(super) view: PodView,
     /// When the pod changed to `view`.
