@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
-use crate::agent::pods::pod_notifier::human_bytes;
+use crate::agent::recovery::progress::human_bytes;
 use crate::decide::transport_choice::MAX_BLOB;
 use crate::model::MeshStatus;
 use crate::ports::{
