@@ -1,5 +1,5 @@
-//! Reasons of a failed recovery. [`RecoverError::class`] gives each reason one retry, one metric, one
-//! Event and one kind of failed manual pull.
+//! Reasons of a failed recovery. [`RecoverError::class`] gives each reason one retry, one metric,
+//! one Event and one kind of failed manual pull.
 
 #[cfg(test)]
 mod tests;
