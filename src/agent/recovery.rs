@@ -8,6 +8,7 @@ pub mod builder;
 pub mod claim_coordinator;
 pub mod disk_space;
 pub mod downloads;
+pub(in crate::agent) mod failure_text;
 pub mod fallback_fetcher;
 pub mod layer_unpacker;
 pub mod progress;

@@ -24,7 +24,7 @@ use self::kubelet::Kubelet;
 use self::node::DemoNode;
 use self::output::DemoOutput;
 use super::runtime;
-use crate::agent::pods::pod_notifier::human_bytes;
+use crate::agent::recovery::progress::human_bytes;
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::layout::LayoutStore;

@@ -66,9 +66,7 @@ pub(super) fn run(args: PullArgs) -> ExitCode {
         Err(error) => return fail(&format!("the threads of the runtime cannot be started: {error}")),
     };
     match pulled {
-        Ok(Ok(PullProgress::Failed { kind, message, .. })) => {
-            fail(&format!("{reference}: {message}. {}", advice(kind)))
-        }
+        Ok(Ok(PullProgress::Failed { kind, message, .. })) => fail(&failure_line(&reference, kind, &message)),
         Ok(Ok(_)) => ExitCode::SUCCESS,
         Ok(Err(error)) => fail(&format!("{reference}: {}", with_advice(&error))),
         Err(_) => {
@@ -97,6 +95,12 @@ async fn pull(
 fn fail(message: &str) -> ExitCode {
     eprintln!("lighterman: {}", printable(message));
     ExitCode::FAILURE
+}
+
+/// The line that a failure prints: the agent's text, equal to the text of the pod's Event, and the
+/// remedy.
+fn failure_line(reference: &Reference, kind: PullFailure, message: &str) -> String {
+    format!("{reference}: {message}. {}", advice(kind))
 }
 
 /// The remedy of a failure.

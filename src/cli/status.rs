@@ -8,7 +8,7 @@ use clap::Args;
 use super::runtime;
 use super::socket::{SocketArgs, printable, with_advice};
 use crate::admin::{mesh_summary, mesh_table};
-use crate::agent::pods::pod_notifier::human_bytes;
+use crate::agent::recovery::progress::human_bytes;
 use crate::control::{
     ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, NextImageStatus, OutageStatus, OwnImageStatus,
     PolicyFileStatus, RecoveryStatus, RetentionStatus, Status, UdpStatus,

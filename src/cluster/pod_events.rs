@@ -66,12 +66,7 @@ impl EventRecorder {
         let decision = self.correlator().record(key.clone(), name, clock::now());
         let written = match decision {
             EventDecision::CountOnly => return Ok(()),
-            EventDecision::RateLimited => {
-                let rate = format!("one in {} s", EVENT_RATE.period.as_secs());
-                return Err(ClusterError::Unavailable(format!(
-                    "the agent's own rate limiter delays the Event ({rate})"
-                )));
-            }
+            EventDecision::RateLimited => return Err(ClusterError::RateLimited(EVENT_RATE.period)),
             EventDecision::Create { name } => self.create(pod, uid, report.kind, note, name, timestamp).await,
             EventDecision::UpdateCount { name, count } => match self.update_count(pod, &name, count, timestamp).await {
                 // The API server deletes an Event after an hour, on some clusters sooner.

@@ -86,6 +86,11 @@ pub enum PullProgress {
 }
 
 impl PullProgress {
+    /// The failure of this kind.
+    pub fn failed(kind: PullFailure, message: String) -> Self {
+        Self::Failed { kind, message, retryable: kind.is_retryable() }
+    }
+
     /// Whether this message ends the pull.
     pub fn is_last(&self, dry_run: bool) -> bool {
         match self {
@@ -121,6 +126,16 @@ pub enum PullFailure {
     /// Kind of a later release.
     #[serde(other)]
     Other,
+}
+
+impl PullFailure {
+    /// Whether a retry may succeed a little later, without a change by an operator.
+    pub fn is_retryable(self) -> bool {
+        match self {
+            Self::NoProvider | Self::FetchFailed | Self::StoreFailed | Self::Abandoned | Self::Busy => true,
+            Self::Disagreement | Self::Unusable | Self::OverLimit | Self::Closed | Self::Other => false,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Kubernetes: the pods of this node, their owners, and Events.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 
@@ -135,6 +135,9 @@ pub enum ClusterError {
     /// The API server answers, but a required admission webhook does not; a later call may succeed.
     #[error("an admission webhook of the cluster does not answer, so the API server refuses: {0}")]
     Webhook(String),
+    /// The agent's own rate limiter delays Events: one in this time. A later call may succeed.
+    #[error("the agent's own rate limiter delays the Event (one in {} s)", .0.as_secs())]
+    RateLimited(Duration),
     /// The object is gone.
     #[error("{0} no longer exists")]
     Gone(String),
@@ -149,6 +152,39 @@ pub enum ClusterError {
 impl ClusterError {
     /// Whether the same call may succeed a little later.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Unavailable(_) | Self::Webhook(_))
+        matches!(self, Self::Unavailable(_) | Self::Webhook(_) | Self::RateLimited(_))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The answer of each error. A new variant does not compile without an answer.
+    fn expected(error: &ClusterError) -> (usize, bool) {
+        match error {
+            ClusterError::Unavailable(_) => (0, true),
+            ClusterError::Webhook(_) => (1, true),
+            ClusterError::RateLimited(_) => (2, true),
+            ClusterError::Gone(_) => (3, false),
+            ClusterError::Forbidden(_) => (4, false),
+            ClusterError::Other(_) => (5, false),
+        }
+    }
+
+    #[test]
+    fn a_call_to_kubernetes_is_retried_while_the_obstacle_may_pass() {
+        let text = String::new;
+        let errors = [
+            ClusterError::Unavailable(text()),
+            ClusterError::Webhook(text()),
+            ClusterError::RateLimited(Duration::from_secs(2)),
+            ClusterError::Gone(text()),
+            ClusterError::Forbidden(text()),
+            ClusterError::Other(text()),
+        ];
+        for (row, error) in errors.iter().enumerate() {
+            assert_eq!((row, error.is_retryable()), expected(error), "{error}");
+        }
     }
 }

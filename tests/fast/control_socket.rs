@@ -102,6 +102,46 @@ async fn a_failure_names_the_image_and_a_remedy() {
     assert!(!stderr.contains('\u{1b}'), "no escape sequence reaches the terminal: {stderr:?}");
 }
 
+/// Exit code and a word of the remedy. A new kind does not compile without both.
+fn expected_end(kind: PullFailure) -> (i32, &'static str) {
+    match kind {
+        PullFailure::NoProvider => (1, "crictl images"),
+        PullFailure::Disagreement => (1, "by digest"),
+        PullFailure::Unusable => (1, "platform"),
+        PullFailure::OverLimit => (1, "policy file"),
+        PullFailure::Closed => (1, "setting"),
+        PullFailure::FetchFailed => (1, "log on this node"),
+        PullFailure::StoreFailed => (1, "containerd"),
+        PullFailure::Abandoned => (1, "agent runs"),
+        PullFailure::Busy => (1, "other pulls"),
+        PullFailure::Other => (1, "agent's log"),
+    }
+}
+
+#[tokio::test]
+async fn every_kind_of_failure_prints_the_text_with_a_remedy_and_exits_with_1() {
+    for kind in [
+        PullFailure::NoProvider,
+        PullFailure::Disagreement,
+        PullFailure::Unusable,
+        PullFailure::OverLimit,
+        PullFailure::Closed,
+        PullFailure::FetchFailed,
+        PullFailure::StoreFailed,
+        PullFailure::Abandoned,
+        PullFailure::Busy,
+        PullFailure::Other,
+    ] {
+        let failed = PullProgress::failed(kind, "the cause. Failed at: n2".to_owned());
+        let output = lighterman(&["pull", IMAGE], vec![failed]).await;
+        let (code, remedy) = expected_end(kind);
+        assert_eq!(output.status.code(), Some(code), "{kind:?}");
+        let stderr = text(&output.stderr);
+        let (cause, advice) = stderr.split_once(". Failed at: n2. ").expect("the text and the remedy");
+        assert!(cause.ends_with("the cause") && advice.contains(remedy), "{kind:?}: {stderr}");
+    }
+}
+
 #[tokio::test]
 async fn a_pull_past_its_deadline_is_aborted() {
     // The agent sends nothing more and keeps the connection open.

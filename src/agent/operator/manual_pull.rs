@@ -13,6 +13,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::peers::inventory_view::PeerInventory;
+use crate::agent::recovery::failure_text::failure_text;
 use crate::agent::recovery::progress::{Progress, RecoveryTracker};
 use crate::agent::recovery::recover::Recoverer;
 use crate::agent::recovery::recover_error::RecoverError;
@@ -207,31 +208,10 @@ fn done_message(inventory: &PeerInventory, recovered: RecoveredImage) -> PullPro
 }
 
 fn failed_message(inventory: &PeerInventory, error: &RecoverError) -> PullProgress {
-    let (kind, retryable) = match error {
-        RecoverError::NoProvider { .. }
-        | RecoverError::OtherPlatforms { .. }
-        | RecoverError::BlobsWithoutProvider { .. } => (PullFailure::NoProvider, true),
-        RecoverError::ImportsRefused { .. } => (PullFailure::Closed, false),
-        RecoverError::TagDisagreement { .. } => (PullFailure::Disagreement, false),
-        RecoverError::NotDistributable { .. }
-        | RecoverError::Document { .. }
-        | RecoverError::NestedIndex { .. }
-        | RecoverError::NoPlatform { .. } => (PullFailure::Unusable, false),
-        RecoverError::OverLimit(_) | RecoverError::NoRoomToUnpack(_) => (PullFailure::OverLimit, false),
-        RecoverError::NeedsUdp { .. } | RecoverError::Fetch { .. } => (PullFailure::FetchFailed, true),
-        RecoverError::Store { .. } => (PullFailure::StoreFailed, true),
-        RecoverError::Abandoned => (PullFailure::Abandoned, true),
-    };
-    let failed_nodes: Vec<_> = error.failed_peers().into_iter().map(|peer| inventory.node_of(peer)).collect();
-    let failed_nodes =
-        if failed_nodes.is_empty() { String::new() } else { format!(" (failed at: {})", failed_nodes.join(", ")) };
-    PullProgress::Failed { kind, message: format!("{error}{failed_nodes}"), retryable }
+    PullProgress::failed(error.class().pull_failure, failure_text(error, inventory))
 }
 
 fn busy_message() -> PullProgress {
-    PullProgress::Failed {
-        kind: PullFailure::Busy,
-        message: format!("{MAX_PULLS} manual pulls run on this node already; retry when one has ended"),
-        retryable: true,
-    }
+    let message = format!("{MAX_PULLS} manual pulls run on this node already; retry when one has ended");
+    PullProgress::failed(PullFailure::Busy, message)
 }

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::agent::peers::inventory_view::PeerInventory;
+use crate::agent::recovery::failure_text::failure_text;
+use crate::agent::recovery::progress::human_bytes;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::control::UdpStatus;
-use crate::decide::transport_choice::{MAX_BLOB, MAX_IMAGE};
 use crate::metrics::Metrics;
 use crate::model::{PeerId, PodRef, PodReport, PodReportKind, RecoveredImage};
 use crate::oci::{Digest, Reference};
@@ -158,50 +158,11 @@ impl PodNotifier {
 
     /// Text of a failure's Event: the cause, the nodes, and the next step.
     pub(in crate::agent) fn failed_note(&self, error: &RecoverError) -> String {
-        let nodes: Vec<_> = error.failed_peers().into_iter().map(|peer| self.inventory.node_of(peer)).collect();
-        let nodes = if nodes.is_empty() { String::new() } else { format!(" Failed at: {}.", nodes.join(", ")) };
         let next = match error.report_kind() {
             PodReportKind::NoProvider => " The agent fetches the image as soon as a node has the image.",
             PodReportKind::Failed => " The agent retries.",
-            PodReportKind::NotRecoverable
-            | PodReportKind::Unclassified
-            | PodReportKind::Stalled
-            | PodReportKind::PullEnded
-            | PodReportKind::Recovered
-            | PodReportKind::RecordRemoved
-            | PodReportKind::DryRun => "",
+            _ => "",
         };
-        let udp = match error.report_kind() {
-            PodReportKind::NoProvider | PodReportKind::Failed => self.udp_note(),
-            PodReportKind::NotRecoverable
-            | PodReportKind::Unclassified
-            | PodReportKind::Stalled
-            | PodReportKind::PullEnded
-            | PodReportKind::Recovered
-            | PodReportKind::RecordRemoved
-            | PodReportKind::DryRun => String::new(),
-        };
-        format!("{error}.{nodes}{udp}{next}")
+        format!("{}.{next}", failure_text(error, &self.inventory))
     }
-
-    /// Names a firewall that blocks UDP, and the limits of fetches over TCP.
-    fn udp_note(&self) -> String {
-        let UdpStatus { blocked_since, port, nodes } = self.inventory.udp().status();
-        blocked_since.map_or_else(String::new, |_| {
-            format!(
-                " UDP port {port} is blocked: {nodes} nodes answer this node over TCP and none over UDP, so the peers \
-                 are not at fault. Open UDP port {port} between all nodes. Until then, TCP serves images with at most \
-                 {} missing and no layer above {}.",
-                human_bytes(MAX_IMAGE),
-                human_bytes(MAX_BLOB)
-            )
-        })
-    }
-}
-
-/// A size for people, such as 256.0 MiB.
-pub fn human_bytes(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB"];
-    let unit = (bytes.max(1).ilog2() / 10).min(3);
-    format!("{:.1} {}", bytes as f64 / f64::from(1 << (10 * unit)), units[unit as usize])
 }

@@ -181,3 +181,10 @@ impl RecoveryTracker {
         self.0.lock()
     }
 }
+
+/// A size for people, such as 256.0 MiB.
+pub fn human_bytes(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB"];
+    let unit = (bytes.max(1).ilog2() / 10).min(3);
+    format!("{:.1} {}", bytes as f64 / f64::from(1 << (10 * unit)), units[unit as usize])
+}

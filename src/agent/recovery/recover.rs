@@ -52,7 +52,7 @@ use crate::decide::policy::Policy;
 use crate::decide::transport_choice::check_image;
 use crate::model::{PeerId, RecoveredImage, ResolvedImage};
 use crate::oci::{Descriptor, Digest, Document, Manifest, Platform, Reference};
-use crate::ports::{ContentStore, ImageRecord, ImportPermission};
+use crate::ports::{ContentStore, ImageRecord, ImportPermission, StoreError};
 
 /// Longest wait for the runtime's answer on imports. A runtime that answers at all needs
 /// milliseconds.
@@ -129,7 +129,7 @@ impl Recoverer {
             }
             Err(error) => Err(error),
         };
-        if !result.as_ref().is_err_and(RecoverError::is_content_reusable) {
+        if !result.as_ref().is_err_and(|error| error.class().is_content_reusable) {
             // The image record holds the content now, or no retry can reuse the content. A pin that
             // is not released expires.
             recovery_pin.release(reference).await;
@@ -168,21 +168,21 @@ impl Recoverer {
     }
 
     /// Checks that the runtime permits imports. Shortly after the agent's start the answer may be
-    /// missing, so the check waits. A missing answer counts as a refusal.
+    /// missing, so the check waits. A missing answer is a failure of the store, which is retried.
     async fn check_imports(&self) -> Result<(), RecoverError> {
         let mut imports = self.imports.clone();
         let known = imports.wait_for(|imports| *imports != ImportPermission::Unknown);
-        let rejection = match tokio::time::timeout(IMPORTS_TIMEOUT, known).await {
+        match tokio::time::timeout(IMPORTS_TIMEOUT, known).await {
             Ok(Ok(imports)) => match &*imports {
-                ImportPermission::Refused(reason) => Some(reason.clone()),
-                ImportPermission::Allowed | ImportPermission::Unknown => None,
+                ImportPermission::Refused(reason) => Err(RecoverError::ImportsRefused { reason: reason.clone() }),
+                ImportPermission::Allowed | ImportPermission::Unknown => Ok(()),
             },
-            Ok(Err(_)) | Err(_) => Some(
-                "containerd has not answered whether it verifies images; check that containerd runs on this node"
-                    .to_owned(),
-            ),
-        };
-        rejection.map_or(Ok(()), |reason| Err(RecoverError::ImportsRefused { reason }))
+            Ok(Err(_)) | Err(_) => {
+                let text = "no answer yet; check that containerd runs on this node".to_owned();
+                let doing = "asking whether containerd verifies images";
+                Err(RecoverError::Store { doing, source: StoreError::Unavailable(text) })
+            }
+        }
     }
 
     /// Fetches the whole image, and unpacks the layers where this node can. Only the image records

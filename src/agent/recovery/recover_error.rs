@@ -1,5 +1,10 @@
-//! Reasons of a failed recovery. Each reason maps to one retry, one metric and one Event.
+//! Reasons of a failed recovery. [`RecoverError::class`] gives each reason one retry, one metric,
+//! one Event and one kind of failed manual pull.
 
+#[cfg(test)]
+mod tests;
+
+use crate::control::PullFailure;
 use crate::decide::disk_floor::OverLimit;
 use crate::decide::recovery_queue::RecoveryEnd;
 use crate::decide::transport_choice::TooLarge;
@@ -127,39 +132,85 @@ pub enum RecoverError {
     Abandoned,
 }
 
+/// The class of a failure. [`RecoverError::class`] is the one table of these values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FailureClass {
+    /// The end of the recovery for the queue, which schedules the retry.
+    pub queue_end: RecoveryEnd,
+    /// The outcome that the metrics count.
+    pub outcome: RecoveryOutcome,
+    /// The kind of Event that the pod gets.
+    pub report_kind: PodReportKind,
+    /// The kind of failure that `lighterman pull` gets. Advice and exit code follow from the kind.
+    pub pull_failure: PullFailure,
+    /// Whether the retry can reuse the content that has arrived.
+    pub is_content_reusable: bool,
+}
+
 impl RecoverError {
     /// Adds the failed operation to a store's error.
     pub(in crate::agent) fn store(doing: &'static str) -> impl FnOnce(StoreError) -> Self {
         move |source| Self::Store { doing, source }
     }
 
-    /// The end of the recovery for the queue, which schedules the retry.
-    pub fn queue_end(&self) -> RecoveryEnd {
-        match self {
-            Self::NoProvider { .. }
-            | Self::OtherPlatforms { .. }
-            | Self::BlobsWithoutProvider { .. }
-            | Self::TagDisagreement { .. } => RecoveryEnd::NoProvider,
-            Self::Fetch { attempts, .. } if attempts.is_empty() => RecoveryEnd::NoProvider,
-            Self::Abandoned => RecoveryEnd::Abandoned,
-            // Their Events sound final, so no retry follows until a setting changes.
-            Self::ImportsRefused { .. }
-            | Self::NotDistributable { .. }
+    /// The class of the failure.
+    pub fn class(&self) -> FailureClass {
+        use PodReportKind as Event;
+        use PullFailure as Pull;
+        use RecoveryEnd as End;
+        use RecoveryOutcome as Outcome;
+        let (queue_end, outcome, report_kind, pull_failure, is_content_reusable) = match self {
+            Self::NoProvider { .. } | Self::OtherPlatforms { .. } => {
+                (End::NoProvider, Outcome::NoProvider, Event::NoProvider, Pull::NoProvider, false)
+            }
+            Self::BlobsWithoutProvider { .. } => {
+                (End::NoProvider, Outcome::BlobsWithoutProvider, Event::NoProvider, Pull::NoProvider, false)
+            }
+            // The peers may agree later, but the pod's author had better name the digest.
+            Self::TagDisagreement { .. } => {
+                (End::NoProvider, Outcome::Unusable, Event::NotRecoverable, Pull::Disagreement, false)
+            }
+            // No retry follows until a setting changes.
+            Self::ImportsRefused { .. } => {
+                (End::Final, Outcome::ImportsRefused, Event::NotRecoverable, Pull::Closed, false)
+            }
+            // A document does not change under its digest, so no retry follows.
+            Self::NotDistributable { .. }
             | Self::Document { .. }
             | Self::NestedIndex { .. }
-            | Self::NoPlatform { .. }
-            | Self::OverLimit(OverLimit::Size { .. }) => RecoveryEnd::Final,
-            Self::OverLimit(OverLimit::Disk { .. })
-            | Self::NoRoomToUnpack(_)
-            | Self::NeedsUdp { .. }
-            | Self::Fetch { .. }
-            | Self::Store { .. } => RecoveryEnd::Failed,
-        }
+            | Self::NoPlatform { .. } => (End::Final, Outcome::Unusable, Event::NotRecoverable, Pull::Unusable, false),
+            Self::OverLimit(OverLimit::Size { .. }) => {
+                (End::Final, Outcome::OverLimit, Event::NotRecoverable, Pull::OverLimit, false)
+            }
+            // A retry follows as soon as the disk has room.
+            Self::OverLimit(OverLimit::Disk { .. }) => {
+                (End::Failed, Outcome::OverLimit, Event::Failed, Pull::OverLimit, false)
+            }
+            Self::NoRoomToUnpack(_) => (End::Failed, Outcome::OverLimit, Event::Failed, Pull::OverLimit, true),
+            Self::NeedsUdp { .. } => (End::Failed, Outcome::FetchFailed, Event::Failed, Pull::FetchFailed, false),
+            Self::Fetch { attempts, .. } if attempts.is_empty() => {
+                (End::NoProvider, Outcome::FetchFailed, Event::NoProvider, Pull::FetchFailed, true)
+            }
+            Self::Fetch { .. } => (End::Failed, Outcome::FetchFailed, Event::Failed, Pull::FetchFailed, true),
+            Self::Store { .. } => (End::Failed, Outcome::StoreFailed, Event::Failed, Pull::StoreFailed, true),
+            Self::Abandoned => (End::Abandoned, Outcome::Abandoned, Event::Failed, Pull::Abandoned, false),
+        };
+        FailureClass { queue_end, outcome, report_kind, pull_failure, is_content_reusable }
     }
 
-    /// Whether the retry can reuse the content that has arrived.
-    pub(in crate::agent) fn is_content_reusable(&self) -> bool {
-        matches!(self, Self::Fetch { .. } | Self::Store { .. } | Self::NoRoomToUnpack(_))
+    /// [`FailureClass::queue_end`] of the failure.
+    pub fn queue_end(&self) -> RecoveryEnd {
+        self.class().queue_end
+    }
+
+    /// [`FailureClass::outcome`] of the failure.
+    pub fn outcome(&self) -> RecoveryOutcome {
+        self.class().outcome
+    }
+
+    /// [`FailureClass::report_kind`] of the failure.
+    pub fn report_kind(&self) -> PodReportKind {
+        self.class().report_kind
     }
 
     /// The failed peers, for Events and logs: at most five, and no peer twice in a row.
@@ -178,44 +229,6 @@ impl RecoverError {
             Self::OtherPlatforms { digest, .. } => vec![*digest],
             Self::Fetch { digest, attempts } if attempts.is_empty() => vec![*digest],
             _ => Vec::new(),
-        }
-    }
-
-    /// The outcome that the metrics count.
-    pub fn outcome(&self) -> RecoveryOutcome {
-        match self {
-            Self::NoProvider { .. } | Self::OtherPlatforms { .. } => RecoveryOutcome::NoProvider,
-            Self::BlobsWithoutProvider { .. } => RecoveryOutcome::BlobsWithoutProvider,
-            Self::ImportsRefused { .. } => RecoveryOutcome::ImportsRefused,
-            Self::NotDistributable { .. } => RecoveryOutcome::Unusable,
-            Self::TagDisagreement { .. }
-            | Self::Document { .. }
-            | Self::NestedIndex { .. }
-            | Self::NoPlatform { .. } => RecoveryOutcome::Unusable,
-            Self::OverLimit(_) | Self::NoRoomToUnpack(_) => RecoveryOutcome::OverLimit,
-            Self::NeedsUdp { .. } | Self::Fetch { .. } => RecoveryOutcome::FetchFailed,
-            Self::Store { .. } => RecoveryOutcome::StoreFailed,
-            Self::Abandoned => RecoveryOutcome::Abandoned,
-        }
-    }
-
-    /// The kind of Event that the pod gets.
-    pub fn report_kind(&self) -> PodReportKind {
-        match self {
-            Self::NoProvider { .. } | Self::OtherPlatforms { .. } | Self::BlobsWithoutProvider { .. } => {
-                PodReportKind::NoProvider
-            }
-            Self::Fetch { attempts, .. } if attempts.is_empty() => PodReportKind::NoProvider,
-            Self::ImportsRefused { .. }
-            | Self::NotDistributable { .. }
-            | Self::TagDisagreement { .. }
-            | Self::NoPlatform { .. }
-            | Self::OverLimit(OverLimit::Size { .. }) => PodReportKind::NotRecoverable,
-            // A document does not change under its digest, so no retry follows.
-            Self::Document { .. } | Self::NestedIndex { .. } => PodReportKind::NotRecoverable,
-            // A retry follows as soon as the disk has room.
-            Self::OverLimit(OverLimit::Disk { .. }) | Self::NoRoomToUnpack(_) => PodReportKind::Failed,
-            Self::NeedsUdp { .. } | Self::Fetch { .. } | Self::Store { .. } | Self::Abandoned => PodReportKind::Failed,
         }
     }
 }

@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::agent::operator::manual_pull::ManualPuller;
-use crate::agent::recovery::progress::RecoveryTracker;
+use crate::agent::pods::pod_notifier::PodNotifier;
+use crate::agent::recovery::progress::{Progress, RecoveryTracker};
 use crate::control::{PullFailure, PullProgress, PullRequest};
 
 struct ManualPullClient {
@@ -109,6 +110,20 @@ async fn a_failed_manual_pull_names_the_providers() {
     assert_eq!(failure(&reports), (PullFailure::FetchFailed, true));
     let Some(PullProgress::Failed { message, .. }) = reports.last() else { unreachable!() };
     assert!(message.contains("node-3"), "{message}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manual_pull_and_an_event_have_the_same_text_for_the_same_failure() {
+    let node = TestNode::new();
+    node.add_provider(3, IMAGE, Behaviour::Corrupts).await;
+    let reports = all(ManualPullClient::start(&node).pull(IMAGE, false).await).await;
+    let Some(PullProgress::Failed { message, .. }) = reports.last() else { panic!("{reports:?}") };
+    let notifier = PodNotifier::new(Arc::new(node.cluster.clone()), node.inventory.clone(), node.metrics.clone());
+    let request = IMAGE.parse::<Reference>().unwrap().into();
+    let recovered = node.recoverer().recover(&request, &Progress::default(), &CancellationToken::new()).await;
+    let error = recovered.unwrap_err();
+    assert!(message.ends_with(". Failed at: node-3"), "{message}");
+    assert_eq!(notifier.failed_note(&error), format!("{message}. The agent retries."));
 }
 
 #[tokio::test(start_paused = true)]

@@ -6,6 +6,7 @@ use super::*;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
+use crate::decide::recovery_queue::RecoveryEnd;
 use crate::decide::tag::TagPolicy;
 use crate::model::ResolvedImage;
 use crate::ports::PullSecret;
@@ -120,6 +121,19 @@ async fn a_store_that_refuses_imports_gets_no_recovery() {
     node.imports.send_replace(ImportPermission::Refused("there are verifiers".into()));
     let rejected = find(&node, IMAGE).await.unwrap_err();
     assert!(rejected.to_string().contains("there are verifiers"), "{rejected}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_without_an_answer_about_imports_is_asked_again_by_the_retry() {
+    let node = TestNode::new();
+    node.add_provider(1, IMAGE, Behaviour::Honest).await;
+    node.imports.send_replace(ImportPermission::Unknown);
+    let failed = find(&node, IMAGE).await.unwrap_err();
+    assert!(failed.to_string().contains("check that containerd runs"), "{failed}");
+    assert_eq!(failed.queue_end(), RecoveryEnd::Failed);
+    assert!(failed.class().pull_failure.is_retryable());
+    node.imports.send_replace(ImportPermission::Allowed);
+    assert!(find(&node, IMAGE).await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]

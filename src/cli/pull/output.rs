@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::agent::pods::pod_notifier::human_bytes;
+use crate::agent::recovery::progress::human_bytes;
 use crate::control::PullProgress;
 use crate::oci::Reference;
 
