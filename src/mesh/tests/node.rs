@@ -73,8 +73,8 @@ impl TestNetwork {
         self.0.lock().insert(peer.id, TestEndpoint { mesh: mesh.clone(), peer, blocked: BTreeSet::new() });
     }
 
-    /// Drops all connections between two nodes. Their dials end without a report: three failed dials
-    /// would be a suspicion, and an agent lists nothing of a member that it suspects.
+    /// Drops all connections between two nodes. Their dials end without a report, because three
+    /// failed dials are a suspicion, and an agent lists nothing of a member that it suspects.
     pub(super) fn block(&self, a: PeerId, b: PeerId) {
         let mut network = self.0.lock();
         for (one, other) in [(a, b), (b, a)] {
