@@ -22,11 +22,10 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use rand::Rng;
 use tokio::sync::{Notify, watch};
-use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use self::admission_file::AdmissionFile;
+use self::admission_file::{AdmissionFile, AdmissionWriter};
 use self::own_token::{AgentToken, parse_granted, token_request};
 use self::published_keys::KeySource;
 use self::token_review::{SharedReviewBudget, review_token};
@@ -81,6 +80,7 @@ pub struct TokenAdmission {
     renewals: watch::Sender<u64>,
     /// Wakes the writer of the file after a new token or new keys.
     unsaved: Notify,
+    writer: AdmissionWriter,
     review_forbidden_logged: AtomicBool,
     metrics: Metrics,
 }
@@ -110,6 +110,7 @@ impl TokenAdmission {
             budget: SharedReviewBudget::default(),
             renewals: watch::Sender::default(),
             unsaved: Notify::new(),
+            writer: AdmissionWriter::default(),
             review_forbidden_logged: AtomicBool::new(false),
             metrics,
         }
@@ -183,16 +184,15 @@ impl TokenAdmission {
     /// Writes the file. Returns `false` when the write failed.
     async fn save(&self) -> bool {
         let Some(file) = self.options.file.clone() else { return true };
-        let token = {
-            let token = self.token.lock();
-            token.as_ref().map(|token| token.to_stored(self.peer, &self.agent_pod))
+        let contents = || {
+            let token = self.token.lock().as_ref().map(|token| token.to_stored(self.peer, &self.agent_pod));
+            AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(unix_time()))
         };
-        let contents = AdmissionFile::new(self.keys.to_stored(), token, self.verdicts.to_stored(unix_time()));
-        let stored = spawn_blocking(move || contents.store(&file).map_err(|error| (file, error))).await;
-        if let Ok(Err((file, error))) = &stored {
+        let written = self.writer.write(file.clone(), contents).await;
+        if let Err(error) = &written {
             tracing::warn!(file = %file.display(), %error, "keys, token and verdicts cannot be stored for a restart; the agent retries");
         }
-        matches!(stored, Ok(Ok(())))
+        written.is_ok()
     }
 
     /// Requests a token and returns its lifetime.

@@ -7,10 +7,13 @@
 //! that a rollback of the agent does not destroy the file.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
 
 use super::verdict_cache::{MAX_PEERS, PeerVerdict};
 use crate::files::{read_versioned, write_private};
@@ -122,6 +125,24 @@ impl AdmissionFile {
     }
 }
 
+/// Writes the file, one write at a time. A dropped [`AdmissionWriter::write`] does not end its
+/// write, and an older write must not replace the content of a newer one.
+#[derive(Default)]
+pub(super) struct AdmissionWriter(Arc<Mutex<()>>);
+
+impl AdmissionWriter {
+    /// Writes the present contents after every earlier write.
+    pub(super) async fn write(&self, path: PathBuf, contents: impl FnOnce() -> AdmissionFile) -> io::Result<()> {
+        let turn = Arc::clone(&self.0).lock_owned().await;
+        let contents = contents();
+        let written = spawn_blocking(move || {
+            let _turn = turn;
+            contents.store(&path)
+        });
+        written.await?
+    }
+}
+
 fn read(path: &Path) -> io::Result<AdmissionFile> {
     let text = read_versioned(path, MAX_BYTES, VERSION)?;
     // The parser's error quotes the file, which contains a token.
@@ -142,6 +163,29 @@ mod tests {
         let peer = PeerId::from_public_key([3; 32]);
         let verdict = PeerVerdict::new("u-3".into(), Some("node-3".parse().unwrap()), Duration::from_secs(9));
         AdmissionFile::new(Some(keys), Some(token), [(peer, verdict)])
+    }
+
+    #[test]
+    fn a_write_waits_for_an_earlier_write_whose_caller_was_dropped() {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.max_blocking_threads(1).build().unwrap().block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("admission.json");
+            let writer = AdmissionWriter::default();
+            // The only thread for blocking work waits, so the first write is begun and not done.
+            let (release, released) = std::sync::mpsc::channel::<()>();
+            let blocked = spawn_blocking(move || released.recv());
+            let mut older = Box::pin(writer.write(path.clone(), AdmissionFile::empty));
+            assert!(futures::poll!(&mut older).is_pending());
+            drop(older);
+            let mut newer = Box::pin(writer.write(path.clone(), || panic!("the older write is not done")));
+            assert!(futures::poll!(&mut newer).is_pending());
+            drop(newer);
+            release.send(()).unwrap();
+            blocked.await.unwrap().unwrap();
+            writer.write(path.clone(), admission_file).await.unwrap();
+            assert_eq!(AdmissionFile::load(&path).peers().len(), 1);
+        });
     }
 
     #[test]

@@ -162,8 +162,10 @@ impl Joiner {
             }
         }
         if let Some(save_task) = state.save_task.take() {
-            // One write at a time.
-            let _ = tokio::time::timeout(FINAL_SAVE_TIMEOUT, save_task).await;
+            // One write at a time. A write that the disk holds up goes on; its content is recent.
+            if tokio::time::timeout(FINAL_SAVE_TIMEOUT, save_task).await.is_err() {
+                return;
+            }
         }
         self.save_address_book(&mut state);
         if let Some(save_task) = state.save_task.take() {
