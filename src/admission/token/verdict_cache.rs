@@ -110,7 +110,11 @@ impl VerdictCache {
         match table.verdicts.get_mut(&peer) {
             Some(verdict) if verdict.pod_uid == claims.pod_uid => verdict.review = review,
             Some(_) if !passed => table.insert(peer, PeerVerdict { review, ..PeerVerdict::from_claims(claims) }),
-            _ => {}
+            _ => return,
+        }
+        // Else the stored verdict would admit the rejected peer after a kill and a restart.
+        if !passed {
+            self.changed.store(true, Ordering::Relaxed);
         }
     }
 
@@ -133,7 +137,7 @@ impl VerdictCache {
         good.map(|(peer, verdict)| (*peer, verdict.clone())).collect()
     }
 
-    /// Whether a peer was added since the last call.
+    /// Whether a peer was added or rejected since the last call.
     pub(super) fn take_changed(&self) -> bool {
         self.changed.swap(false, Ordering::Relaxed)
     }
@@ -246,7 +250,9 @@ mod tests {
         assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::NotReviewed);
         verdicts.record_verified(peer(1), &claims, Duration::ZERO);
         assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::NotReviewed);
+        assert!(verdicts.take_changed());
         verdicts.record_review(peer(1), &claims, false);
+        assert!(verdicts.take_changed(), "the next write removes the stored verdict");
         assert_eq!(verdicts.review_status(peer(1), &claims), ReviewStatus::Rejected);
         assert!(!verdicts.is_verified(peer(1), &claims) && verdicts.to_stored(Duration::ZERO).is_empty());
         tokio::time::advance(REJECTION_TTL).await;
