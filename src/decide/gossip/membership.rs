@@ -94,10 +94,12 @@ impl<N: CredentialVerifier> Protocol<N> {
         self.chosen_is_stale = true;
     }
 
-    /// The driver withdraws the peer's admission.
+    /// The driver withdraws the peer's admission. A banned member stays in the table until the ban
+    /// ends; the ban has withdrawn its admission already.
     pub fn remove_peer(&mut self, peer: PeerId, inventory: &mut Inventory, now: Instant) {
-        if self.membership.get(peer).is_some() {
-            self.mark_down(peer, "admission withdrawn", inventory);
+        let Some(is_banned) = self.membership.get(peer).map(|member| member.score.is_banned(now)) else { return };
+        self.mark_down(peer, "admission withdrawn", inventory);
+        if !is_banned {
             self.remove_member(peer, inventory, now);
         }
     }

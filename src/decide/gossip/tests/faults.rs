@@ -19,6 +19,22 @@ fn a_forged_entry_is_rejected_and_the_third_bans_its_forger() {
 }
 
 #[test]
+fn a_ban_outlives_the_withdrawal_of_the_members_admission() {
+    let mut cluster = GossipCluster::converged(1..=3);
+    for number in 0..3 {
+        let mut forged = entry_of(1, 2 + number, &[blob(99)]);
+        forged.head.signature = test_signature(id(2), &forged.head.signed_bytes());
+        cluster.publish_from(2, Gossip::Entry(forged));
+    }
+    let now = cluster.now;
+    let member = cluster.node(3);
+    member.protocol.remove_peer(id(2), &mut member.inventory, now);
+    cluster.connect(2, 3);
+    cluster.advance(seconds(60));
+    assert_eq!(cluster.up(3), [1], "the member stays down until the ban ends");
+}
+
+#[test]
 fn changes_that_differ_from_the_signed_digest_are_rejected() {
     let mut cluster = GossipCluster::converged(1..=3);
     let mut changed = entry_of(2, 2, &[blob(2), blob(102)]);
