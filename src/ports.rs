@@ -25,15 +25,15 @@ pub use cluster::{
 };
 pub use connections::{ConnectionsError, PullConnections};
 pub use content_store::{
-    BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord,
-    ImportPermission, Pin, Snapshots, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, Blobs, Child, ChildKind, ContentStore, ImageRecord, ImageRecords,
+    ImportPermission, Pin, Pins, Snapshots, StoreDisks, StoreError, verify_document,
 };
 pub use control::{
     BlobAccess, ClockStatus, ContainerdStatus, ImagesStatus, LayerStatus, MAX_NAMES, MAX_STATUS_MEMBERS, MeshSource,
     NextImageStatus, OutageStatus, OwnImageStatus, PolicyFileStatus, PullFailure, PullProgress, PullRequest,
     RecoveryStatus, RetentionStatus, Status, StatusSource, UdpStatus,
 };
-pub use fetcher::{FetchError, Fetcher};
+pub use fetcher::{BlobSink, FetchError, Fetcher};
 pub use layer_leases::{ContentEvent, LayerLease, LayerLeases, Origin};
 pub use notifier::{MAX_PODS, Notification, Notifier, NotifyError};
 pub use own_image::{OwnDaemonSet, ProtectedImages};

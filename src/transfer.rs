@@ -51,7 +51,7 @@ use self::upload_queue::UploadQueue;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
 use crate::oci::HashChain;
-use crate::ports::{Admission, AdmittedPeer, ContentStore, PartialBlobs, Rejection};
+use crate::ports::{Admission, AdmittedPeer, Blobs, PartialBlobs, Rejection};
 use crate::wire::{Format, Hello, Versions};
 
 /// The transfer adapter. Clones are cheap and share one endpoint.
@@ -67,7 +67,7 @@ struct Shared {
     endpoint: Endpoint,
     client: quinn::ClientConfig,
     admission: Arc<dyn Admission>,
-    store: Arc<dyn ContentStore>,
+    store: Arc<dyn Blobs>,
     partials: Arc<dyn PartialBlobs>,
     metrics: Metrics,
     admitted_peers: mpsc::Sender<Peer>,

@@ -80,9 +80,17 @@ impl RecoveryDependencies {
             platform: platform.clone(),
             options: resolve,
         };
-        let layer_unpacker = unpacker.map(|unpacker| LayerUnpacker::new(unpacker, Arc::clone(&store), metrics.clone()));
-        let blob_fetcher =
-            BlobFetcher::new(peer, Arc::clone(&store), fetcher, inventory.clone(), downloads, zone, metrics.clone());
+        let layer_unpacker =
+            unpacker.map(|unpacker| LayerUnpacker::new(unpacker, Arc::clone(&store) as _, metrics.clone()));
+        let blob_fetcher = BlobFetcher::new(
+            peer,
+            Arc::clone(&store) as _,
+            fetcher,
+            inventory.clone(),
+            downloads,
+            zone,
+            metrics.clone(),
+        );
         let claims = ClaimCoordinator::new(claims, inventory, metrics, node, peer);
         Recoverer {
             store,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::pod_needs::{pending_pod, waiting};
 use super::*;
-use crate::ports::{KubeletEvent, PodReportKind, RegistryError};
+use crate::ports::{ImageRecords, KubeletEvent, PodReportKind, RegistryError};
 
 /// Messages of the kubelet that are no evidence of an outage: faults of the node, and wrong bytes
 /// from a registry.

@@ -12,7 +12,7 @@ use crate::agent::recovery::progress::RecoveryTracker;
 use crate::agent::retention::own_image::{OwnImageController, OwnImagePorts};
 use crate::decide::own_image::{OwnImages, Protection};
 use crate::model::OutageKind;
-use crate::ports::{ClusterError, OwnDaemonSet, OwnImageStatus, ProtectedImages, RegistryError};
+use crate::ports::{ClusterError, ImageRecords, OwnDaemonSet, OwnImageStatus, ProtectedImages, RegistryError};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const CURRENT: &str = "r.test/shop/checkout:v0";

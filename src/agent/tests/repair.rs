@@ -10,7 +10,7 @@ use crate::agent::recovery::recovered_image::RecoveredImage;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::model::WaitingState;
 use crate::oci::Repository;
-use crate::ports::{BlobMetadata, PodReportKind, Unpacker as _};
+use crate::ports::{BlobMetadata, Blobs, Pins, PodReportKind, Unpacker as _};
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {

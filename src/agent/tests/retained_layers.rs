@@ -13,7 +13,7 @@ use crate::decide::fill::FetchFrom;
 use crate::decide::retain::RetainLayers;
 use crate::decide::token_bucket::MIN_RATE;
 use crate::model::{Outage, OutageKind};
-use crate::ports::{PullSecret, RegistryError};
+use crate::ports::{Blobs, ImageRecords, PullSecret, RegistryError};
 
 const LAYERS: [u64; 3] = [3000, 200, 10];
 

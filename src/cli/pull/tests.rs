@@ -15,7 +15,7 @@ use crate::agent::supervisor::Supervisor;
 use crate::control::{Config, ControlServer};
 use crate::metrics::Metrics;
 use crate::model::{InventoryItem, MeshEvent, NodeName, Peer, PeerId};
-use crate::ports::{ContentStore, Status, StatusSource};
+use crate::ports::{Blobs, ImageRecords, Status, StatusSource};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{Behaviour, MemoryFetcher, MemoryStore};
 

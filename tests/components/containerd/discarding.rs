@@ -20,7 +20,7 @@ use lighterman::decide::fill::FetchFrom;
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::metrics::Metrics;
 use lighterman::oci::Digest;
-use lighterman::ports::{ContentStore, LayerLeases, RetentionStatus};
+use lighterman::ports::{Blobs, ImageRecords, LayerLeases, Pins, RetentionStatus};
 use lighterman::testing::MemoryStore;
 use lighterman::testing::contract::retaining::{LeasingStore, assert_layer_lease_contract};
 use lighterman::testing::image::{Compression, MadeImage, Recipe, make_image};
