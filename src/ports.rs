@@ -20,8 +20,8 @@ mod unpacker;
 pub use admission::{Admission, AdmittedPeer, LEEWAY, Rejection};
 pub use claims::{ClaimError, Claims};
 pub use cluster::{
-    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, NodeReportKind, PodEvent, PodReport,
-    PodReportKind, PullSecret,
+    Annotations, Cluster, ClusterError, KubeletEvent, NamespaceView, NodeReport, NodeReportKind, Nodes, PodEvent,
+    PodReader, PodReport, PodReportKind, PodWriter, PullSecret,
 };
 pub use connections::{ConnectionsError, PullConnections};
 pub use content_store::{

@@ -176,7 +176,7 @@ impl PodController {
             metrics,
         } = parts;
         let pod_notifier =
-            PodNotifier::new(Arc::clone(&cluster), recoverer.resolver.inventory.clone(), metrics.clone());
+            PodNotifier::new(Arc::clone(&cluster) as _, recoverer.resolver.inventory.clone(), metrics.clone());
         let concurrency = policy.borrow().budgets.concurrent_recoveries;
         Self {
             recoverer,

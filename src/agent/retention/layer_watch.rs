@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::decide::layer_notice::{LayerCounts, LayerNotice, LayerReport, event_text};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::ports::{Cluster, ImagesStatus, NodeReport, NodeReportKind, RetentionStatus};
+use crate::ports::{ImagesStatus, NodeReport, NodeReportKind, Nodes, RetentionStatus};
 
 /// Attempts for one Event, [`RETRY_DELAY`] apart: an hour, after which the API server would have
 /// deleted the Event.
@@ -25,7 +25,7 @@ pub struct LayerWatch {
     /// The node of this agent.
     pub node: NodeName,
     /// Writes the Event.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn Nodes>,
     /// Counts of the wanted images, which should have all layers.
     pub retained: watch::Receiver<Option<RetentionStatus>>,
     /// The reasons why images are incomplete.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::Api;
 use lighterman::model::PodRef;
-use lighterman::ports::{Cluster, KubeletEvent, PodEvent, PodReport, PodReportKind};
+use lighterman::ports::{KubeletEvent, PodEvent, PodReader, PodReport, PodReportKind, PodWriter};
 use serde_json::{Value, json};
 
 use super::apiserver::{KubeNamespace, create, with_deadline};

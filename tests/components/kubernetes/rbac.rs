@@ -15,7 +15,8 @@ use lighterman::metrics::Metrics;
 use lighterman::model::{Owner, PeerId};
 use lighterman::oci::Digest;
 use lighterman::ports::{
-    Admission, Claims, Cluster, ClusterError, NodeReport, NodeReportKind, PodEvent, PodReport, PodReportKind,
+    Admission, Claims, ClusterError, NodeReport, NodeReportKind, Nodes, PodEvent, PodReader, PodReport, PodReportKind,
+    PodWriter,
 };
 use serde_json::json;
 use tokio_util::sync::CancellationToken;

@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
 use lighterman::model::NodeName;
-use lighterman::ports::{Cluster, ClusterError, NodeReport, NodeReportKind, PodReport, PodReportKind};
+use lighterman::ports::{ClusterError, NodeReport, NodeReportKind, Nodes, PodReport, PodReportKind, PodWriter};
 
 use super::apiserver::{KubeNamespace, with_deadline};
 

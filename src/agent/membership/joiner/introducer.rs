@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::addresses::{is_address_for_peers, is_local_address};
 use crate::mesh::Mesh;
 use crate::model::{Credential, Zone};
-use crate::ports::{Admission, Cluster, ClusterError};
+use crate::ports::{Admission, ClusterError, Nodes};
 
 /// Interval of reads of the node's labels: zones rarely change, and a thousand nodes read.
 const ZONE_REFRESH: Duration = Duration::from_secs(3600);
@@ -35,7 +35,7 @@ pub struct Introducer {
     /// Source of the credential.
     pub admission: Arc<dyn Admission>,
     /// Source of the zone.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn Nodes>,
     /// The zone of the settings, which takes precedence.
     pub zone: Option<Zone>,
     /// Receives this agent's zone.

@@ -8,7 +8,7 @@ use super::waiting_pod::PodOptIn;
 use super::{PodController, WorkResult, now};
 use crate::decide::opt_in::{InvalidAnnotation, OptIn, OptInPolicy};
 use crate::model::{PodRef, PodView};
-use crate::ports::{Annotations, Cluster, ClusterError, NamespaceView};
+use crate::ports::{Annotations, ClusterError, NamespaceView, PodReader};
 
 /// Delay before a pod is reconciled again whose namespace could not be read. Longer than the 5 s
 /// for which the adapter remembers that the API server did not answer.
@@ -25,7 +25,7 @@ pub(super) struct OptInSources {
 }
 
 impl OptInSources {
-    async fn read(cluster: &dyn Cluster, policy: &OptInPolicy, pod: &PodView) -> Result<Self, ClusterError> {
+    async fn read(cluster: &dyn PodReader, policy: &OptInPolicy, pod: &PodView) -> Result<Self, ClusterError> {
         let namespace = cluster.namespace(&pod.pod.k8s_namespace).await?;
         let (labels, annotations) = (&namespace.labels, &namespace.annotations);
         let opt_in = policy.evaluate(pod, labels, annotations, None, &mut Vec::new());
