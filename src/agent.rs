@@ -156,7 +156,7 @@ impl Agent {
             downloads: downloads.clone(),
             zone: zone_changes,
             registry: Arc::clone(&registry),
-            cluster: Arc::clone(&cluster),
+            cluster: Arc::clone(&cluster) as _,
             claims: Arc::clone(&claims),
             policy: context.policy.clone(),
             resolve,

@@ -34,7 +34,7 @@ use tokio::sync::watch;
 use crate::api_server::{AgentPod, ApiServer};
 use crate::decide::clock_skew::ClockSample;
 use crate::model::{Annotations, KubeletEvent, NamespaceView, NodeName, Owner, PodRef, PodReport, Zone};
-use crate::ports::{Cluster, ClusterError, NodeReport, PullSecret};
+use crate::ports::{ClusterError, NodeReport, Nodes, PodReader, PodWriter, PullSecret};
 
 /// This agent's client of the API server.
 pub struct KubeCluster {
@@ -68,17 +68,13 @@ impl KubeCluster {
 }
 
 #[async_trait]
-impl Cluster for KubeCluster {
+impl PodReader for KubeCluster {
     async fn namespace(&self, k8s_namespace: &str) -> Result<Arc<NamespaceView>, ClusterError> {
         self.namespaces.namespace(k8s_namespace).await
     }
 
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError> {
         self.owners.ancestor_annotations(k8s_namespace, owner).await
-    }
-
-    async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
-        node_metadata::zone(&self.client, &self.agent_pod.node).await
     }
 
     async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {
@@ -88,7 +84,10 @@ impl Cluster for KubeCluster {
     async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError> {
         secrets::pull_secret(&self.client, k8s_namespace, name).await
     }
+}
 
+#[async_trait]
+impl PodWriter for KubeCluster {
     async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError> {
         pod_deletion::delete_pod(&self.client, pod).await
     }
@@ -99,6 +98,13 @@ impl Cluster for KubeCluster {
 
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
         self.events.report(pod, &self.mirror_pods.kubelet_uid(pod), report).await
+    }
+}
+
+#[async_trait]
+impl Nodes for KubeCluster {
+    async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
+        node_metadata::zone(&self.client, &self.agent_pod.node).await
     }
 
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {

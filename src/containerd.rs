@@ -34,19 +34,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use containerd_client::services::v1::version_client::VersionClient;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, watch as counter};
 
 use crate::decide::disk_floor::Disks;
-use crate::oci::Digest;
+use crate::oci::{BlobProof, Digest};
 use crate::ports::{
-    BlobInfo, BlobMetadata, BlobReader, BlobWriter, ContentEvent, ContentStore, ImageRecord, Pin, Snapshots,
-    StagedBlob, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, Blobs, ContentEvent, ImageRecord, ImageRecords, Pin, Pins, Snapshots,
+    StagedBlob, StoreDisks, StoreError,
 };
 pub use adoption::IngestMode;
 use client::ContainerdClient;
-use ingest::IngestSlot;
 use introspection::Introspection;
 pub use introspection::{ContainerdInfo, IMAGE_VERIFIER_DIR, ImageVerifiers, find_socket};
 use lease_renewal::Renewals;
@@ -92,7 +92,7 @@ fn listed(paths: &[PathBuf]) -> String {
 /// A node's containerd. Clones are handles of one store.
 ///
 /// Connects on first use, and again after a lost connection. [`ContainerdStore::run`] must run:
-/// [`ContentStore::changes`] then reports other clients' changes, and leftovers of dropped writers
+/// [`Blobs::changes`] then reports other clients' changes, and leftovers of dropped writers
 /// are removed soon.
 #[derive(Clone)]
 pub struct ContainerdStore {
@@ -169,7 +169,7 @@ impl ContainerdStore {
 }
 
 #[async_trait]
-impl ContentStore for ContainerdStore {
+impl Blobs for ContainerdStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         self.find_blob(digest).await
     }
@@ -182,10 +182,8 @@ impl ContentStore for ContainerdStore {
         self.open_blob(digest).await
     }
 
-    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        // Through its name, so that a renewal during the write includes the blob.
-        self.add_to_pin(pin, "content".into(), digest.to_string()).await?;
-        Ok(Box::new(self.begin_checked_write(IngestSlot::take(self, digest)?, size, pin).await?))
+    async fn put(&self, bytes: Bytes, proof: BlobProof, metadata: &BlobMetadata, pin: &Pin) -> Result<(), StoreError> {
+        self.send_document(bytes, proof, metadata, pin).await
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
@@ -200,6 +198,13 @@ impl ContentStore for ContainerdStore {
         self.discard_blob(digest, pin).await
     }
 
+    fn changes(&self) -> counter::Receiver<u64> {
+        self.state.changes.subscribe()
+    }
+}
+
+#[async_trait]
+impl ImageRecords for ContainerdStore {
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.list_images().await
     }
@@ -215,7 +220,10 @@ impl ContentStore for ContainerdStore {
     async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
         self.find_snapshots(chain_id).await
     }
+}
 
+#[async_trait]
+impl Pins for ContainerdStore {
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         self.create_lease(life).await
     }
@@ -227,11 +235,10 @@ impl ContentStore for ContainerdStore {
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.delete_lease(&pin, false).await
     }
+}
 
-    fn changes(&self) -> counter::Receiver<u64> {
-        self.state.changes.subscribe()
-    }
-
+#[async_trait]
+impl StoreDisks for ContainerdStore {
     async fn disks(&self) -> Result<Disks, StoreError> {
         self.measure_disks().await
     }

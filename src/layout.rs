@@ -15,7 +15,7 @@ mod index;
 mod metadata;
 mod pins;
 mod staged_blob;
-mod writer;
+mod write_slot;
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -25,20 +25,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use nix::fcntl::{Flock, FlockArg};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use crate::decide::disk_floor::Disks;
 use crate::files::{FileReader, blob_path, file_system, sync_folder};
-use crate::oci::Digest;
+use crate::oci::{BlobProof, Digest};
 use crate::ports::{
-    BlobInfo, BlobMetadata, BlobReader, BlobWriter, ContentStore, ImageRecord, Pin, Snapshots, StagedBlob, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, Blobs, ImageRecord, ImageRecords, Pin, Pins, Snapshots, StagedBlob, StoreDisks,
+    StoreError, verify_document,
 };
 use index::IndexFile;
 use metadata::MetadataFile;
 use staged_blob::LayoutStagedBlob;
-use writer::LayoutWriter;
+use write_slot::WriteSlot;
 
 /// An OCI image layout on disk.
 #[derive(Clone)]
@@ -151,11 +153,15 @@ fn prepare(root: &Path) -> io::Result<()> {
 /// Replaces a file atomically, also across a power cut.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let staged = path.with_extension("new");
-    let mut file = File::create(&staged)?;
-    file.write_all(content)?;
-    file.sync_all()?;
+    write_synced(&staged, content)?;
     fs::rename(&staged, path)?;
     sync_folder(path.parent().unwrap_or(Path::new(".")))
+}
+
+fn write_synced(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(content)?;
+    file.sync_all()
 }
 
 /// Adds the path to an error.
@@ -217,7 +223,7 @@ impl Folder {
 }
 
 #[async_trait]
-impl ContentStore for LayoutStore {
+impl Blobs for LayoutStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         self.blocking(move |folder| folder.blob(digest)).await
     }
@@ -234,16 +240,15 @@ impl ContentStore for LayoutStore {
         }
     }
 
-    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        let pin = pin.clone();
-        let writer = self.blocking(move |folder| {
+    async fn put(&self, bytes: Bytes, proof: BlobProof, metadata: &BlobMetadata, pin: &Pin) -> Result<(), StoreError> {
+        verify_document(&bytes, proof)?;
+        let (digest, metadata, pin) = (proof.digest(), metadata.clone(), pin.clone());
+        self.blocking(move |folder| {
             folder.add_to_pin(&folder.lock(), &pin, digest)?;
-            if folder.blob(digest)?.is_some() {
-                return Err(StoreError::AlreadyExists(digest));
-            }
-            LayoutWriter::begin(folder.clone(), digest, size)
-        });
-        Ok(Box::new(writer.await?))
+            let slot = WriteSlot::take(folder, digest)?;
+            folder.put(&slot, &bytes, &metadata)
+        })
+        .await
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
@@ -285,6 +290,13 @@ impl ContentStore for LayoutStore {
         .await
     }
 
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.folder.changes.subscribe()
+    }
+}
+
+#[async_trait]
+impl ImageRecords for LayoutStore {
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.blocking(|folder| Ok(IndexFile::read(folder)?.records())).await
     }
@@ -321,7 +333,10 @@ impl ContentStore for LayoutStore {
     async fn snapshots(&self, _: Digest) -> Result<Snapshots, StoreError> {
         Ok(Snapshots::default())
     }
+}
 
+#[async_trait]
+impl Pins for LayoutStore {
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         self.blocking(move |folder| folder.pin(life)).await
     }
@@ -341,11 +356,10 @@ impl ContentStore for LayoutStore {
         })
         .await
     }
+}
 
-    fn changes(&self) -> watch::Receiver<u64> {
-        self.folder.changes.subscribe()
-    }
-
+#[async_trait]
+impl StoreDisks for LayoutStore {
     async fn disks(&self) -> Result<Disks, StoreError> {
         let measure = |folder: &Arc<Folder>| file_system(&folder.root).map_err(|error| io_error(&folder.root, &error));
         let content = self.blocking(measure).await?;

@@ -20,14 +20,14 @@ mod unpacker;
 
 pub use admission::{Admission, AdmittedPeer, LEEWAY, Rejection};
 pub use claims::{ClaimError, Claims};
-pub use cluster::{Cluster, ClusterError, NodeReport, NodeReportKind, PullSecret};
+pub use cluster::{Cluster, ClusterError, NodeReport, NodeReportKind, Nodes, PodReader, PodWriter, PullSecret};
 pub use connections::{ConnectionsError, PullConnections};
 pub use content_store::{
-    BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, Child, ChildKind, ContentStore, ImageRecord,
-    ImportPermission, Pin, Snapshots, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, Blobs, Child, ChildKind, ContentStore, ImageRecord, ImageRecords,
+    ImportPermission, Pin, Pins, Snapshots, StoreDisks, StoreError, verify_document,
 };
 pub use dialer::{DialError, Dialer, ProbeError, Prober};
-pub use fetcher::{FetchError, Fetcher};
+pub use fetcher::{BlobSink, FetchError, Fetcher};
 pub use layer_leases::{ContentEvent, LayerLease, LayerLeases, Origin};
 pub use mesh::{MAX_STATUS_MEMBERS, MembershipEvent, MeshCommands, MeshSource};
 pub use notifier::{MAX_PODS, Notification, Notifier, NotifyError};

@@ -52,7 +52,7 @@ use self::upload_queue::UploadQueue;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, NodeNameError, Peer, PeerId};
 use crate::oci::HashChain;
-use crate::ports::{Admission, AdmittedPeer, ContentStore, DialError, Dialer, PartialBlobs, Rejection};
+use crate::ports::{Admission, AdmittedPeer, Blobs, DialError, Dialer, PartialBlobs, Rejection};
 use crate::util::clock::unix_time;
 use crate::wire::{Format, Hello, Versions};
 
@@ -69,7 +69,7 @@ struct Shared {
     endpoint: Endpoint,
     client: quinn::ClientConfig,
     admission: Arc<dyn Admission>,
-    store: Arc<dyn ContentStore>,
+    store: Arc<dyn Blobs>,
     partials: Arc<dyn PartialBlobs>,
     metrics: Metrics,
     admitted_peers: mpsc::Sender<Peer>,

@@ -15,7 +15,7 @@ use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::{InventoryItem, MeshEvent, PeerId};
 use lighterman::oci::Reference;
-use lighterman::ports::{ContentStore, Dialer, NoPartialBlobs, Unpacker};
+use lighterman::ports::{Blobs, Dialer, ImageRecords, NoPartialBlobs, Unpacker};
 use lighterman::testing::policy_without_disk_limits;
 use lighterman::transfer::{self, Transfer, TransferDependencies};
 use tokio::runtime::Runtime;

@@ -14,11 +14,10 @@ use lighterman::admission::StaticAdmission;
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::{PeerId, PieceRequest};
-use lighterman::oci::{Digest, HashChain, HashChainBuilder, Hasher, PieceHasher, PieceLayout, PieceVerifier};
-use lighterman::ports::{
-    BlobMetadata, ContentStore, Dialer, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, StoreError,
-};
+use lighterman::oci::{HashChain, HashChainBuilder, Hasher, PieceHasher, PieceLayout, PieceVerifier};
+use lighterman::ports::{BlobMetadata, Dialer, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, Pins, StoreError};
 use lighterman::testing::MemoryStore;
+use lighterman::testing::image::write_blob;
 use lighterman::transfer::{Config, Transfer, TransferDependencies};
 use parking_lot::{Mutex, MutexGuard};
 use rand::{RngCore, SeedableRng, rngs::SmallRng};
@@ -216,12 +215,7 @@ fn bind(identity: &Identity, other: PeerId, store: MemoryStore) -> Result<Transf
 async fn store_with(blob: &Bytes) -> Result<MemoryStore, BenchError> {
     let store = MemoryStore::new();
     let pin = store.pin(Duration::from_secs(3600)).await?;
-    let (digest, size) = (Digest::of(blob), blob.len() as u64);
-    let mut hasher = Hasher::default();
-    hasher.update(blob);
-    let mut writer = store.create(digest, size, &pin).await?;
-    writer.append(std::slice::from_ref(blob)).await?;
-    writer.commit(hasher.verify(digest, size)?, &BlobMetadata::default()).await?;
+    write_blob(&store, blob.clone(), &BlobMetadata::default(), &pin).await?;
     Ok(store)
 }
 

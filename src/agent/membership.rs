@@ -100,7 +100,7 @@ pub(super) fn build(context: &AgentContext, dependencies: MembershipDependencies
     let introducer = Introducer {
         mesh: Arc::clone(&mesh),
         admission,
-        cluster: Arc::clone(&cluster),
+        cluster: Arc::clone(&cluster) as _,
         zone,
         own_zone,
         address: advertise.or(Some(listen_address.ip()).filter(|address| !address.is_unspecified())),
@@ -140,7 +140,7 @@ pub(super) fn build(context: &AgentContext, dependencies: MembershipDependencies
     tasks.add("UDP", |stop| udp_watch.run(stop));
 
     let (clock_in, clock) = watch::channel(None);
-    let clock_watch = ClockWatch { cluster: Arc::clone(&cluster), node: node.clone(), status: clock_in, metrics };
+    let clock_watch = ClockWatch { cluster: Arc::clone(&cluster) as _, node: node.clone(), status: clock_in, metrics };
     tasks.add("clock", |stop| clock_watch.run(stop));
 
     let shared_key_watch = SharedKeyWatch { cluster, node, key_file, connected, introduced: shared_key };

@@ -76,7 +76,7 @@ pub(super) fn build(context: &AgentContext, dependencies: RetentionDependencies)
     let mut tasks = Tasks::default();
     let (own_image_in, own_image_status) = watch::channel(None);
     let (used_in, used) = watch::channel(Arc::default());
-    let mut pod_images = PodImages::new(Arc::clone(&cluster), policy, used_in);
+    let mut pod_images = PodImages::new(Arc::clone(&cluster) as _, policy, used_in);
     if let Some(ports) = own_image {
         let (recoverer, dry_run) = (Arc::clone(&recoverer), options.dry_run);
         let controller = OwnImageController::new(ports, recoverer, tracker, metrics.clone(), dry_run, own_image_in);

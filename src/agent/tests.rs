@@ -35,7 +35,7 @@ use crate::decide::policy::{Policy, ResolveOptions};
 use crate::metrics::Metrics;
 use crate::model::{InventoryChange, InventoryItem, MeshEvent, NodeName, Peer, PeerId, Zone};
 use crate::oci::{Digest, Platform, Reference};
-use crate::ports::{ContentStore, ImageRecord, ImportPermission, StoreError};
+use crate::ports::{ContentStore, ImageRecord, ImageRecords, ImportPermission, StoreError};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{Behaviour, MemoryCluster, MemoryFetcher, MemoryRegistry, MemoryStore};
 use tokio::sync::watch;

@@ -30,7 +30,7 @@ use crate::identity::Identity;
 use crate::layout::LayoutStore;
 use crate::model::RecoveredImage;
 use crate::oci::{Digest, Hasher, Reference};
-use crate::ports::{ContentStore, StoreError};
+use crate::ports::{Blobs, ImageRecords, StoreError};
 use crate::simulated::MemoryCluster;
 use crate::simulated::image::{MadeImage, put_image};
 
@@ -197,7 +197,7 @@ fn show_recovery(output: &DemoOutput, nodes: &[DemoNode], recovered: &RecoveredI
     names
 }
 
-async fn verify(store: &dyn ContentStore, image: &MadeImage) -> Result<bool, StoreError> {
+async fn verify(store: &dyn Blobs, image: &MadeImage) -> Result<bool, StoreError> {
     for blob in std::iter::once(&image.target).chain(&image.blobs) {
         let mut reader = store.open(blob.digest).await?;
         let mut hasher = Hasher::default();

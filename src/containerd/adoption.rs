@@ -123,7 +123,7 @@ impl ContainerdStore {
     /// Links the sealed file, and commits the record with its labels.
     pub(super) async fn adopt(
         &self,
-        slot: &Arc<IngestSlot>,
+        slot: &IngestSlot,
         file: &Arc<StagingFile>,
         root: &Arc<Path>,
         pin: &Pin,

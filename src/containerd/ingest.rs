@@ -3,7 +3,6 @@
 //! the ref first, because no part of a blob is kept without a proof of the whole blob.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -40,15 +39,15 @@ pub(super) const COMMIT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Exclusive right to write a blob.
 pub(super) struct IngestSlot {
-    pub(super) store: ContainerdStore,
+    store: ContainerdStore,
     digest: Digest,
     /// containerd may have bytes of the ref.
     has_leftover: AtomicBool,
 }
 
 impl IngestSlot {
-    pub(super) fn take(store: &ContainerdStore, digest: Digest) -> Result<Arc<Self>, StoreError> {
-        let slot = || Arc::new(Self { store: store.clone(), digest, has_leftover: AtomicBool::new(false) });
+    pub(super) fn take(store: &ContainerdStore, digest: Digest) -> Result<Self, StoreError> {
+        let slot = || Self { store: store.clone(), digest, has_leftover: AtomicBool::new(false) };
         store.state.being_written().insert(digest).then(slot).ok_or(StoreError::Busy(digest))
     }
 

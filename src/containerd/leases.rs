@@ -38,7 +38,7 @@ impl ContainerdStore {
     /// is slow during a collection, so this call is for tests and for people.
     ///
     /// # Errors
-    /// As [`crate::ports::ContentStore::release`].
+    /// As [`crate::ports::Pins::release`].
     pub async fn release_and_collect(&self, pin: Pin) -> Result<(), StoreError> {
         self.delete_lease(&pin, true).await
     }

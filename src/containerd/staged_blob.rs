@@ -19,11 +19,10 @@ use super::ContainerdStore;
 use super::adoption::{AdoptionError, IngestMode, STAGING_FOLDER};
 use super::content::blocking;
 use super::ingest::IngestSlot;
-use super::stray::CommitOutcome;
 use super::writer::MESSAGE_SIZE;
 use crate::files::{Leftover, StagingFile, create_staging_folder, is_locked, leftovers};
 use crate::oci::{BlobProof, Digest};
-use crate::ports::{BlobMetadata, BlobSink, Pin, STAGED_BLOB_LIFE, StagedBlob, StoreError};
+use crate::ports::{BlobMetadata, Pin, STAGED_BLOB_LIFE, StagedBlob, StoreError};
 
 /// Life of the lease under which a sweep finishes the commit of a killed process. The sweep deletes
 /// the lease at once; the life matters after a kill in between. An earlier pin may still hold the
@@ -36,7 +35,7 @@ pub(super) struct ContainerdStagedBlob {
     pin: Pin,
     file: Arc<StagingFile>,
     /// `None` after the commit or `abandon`. Locked during the commit.
-    open: Mutex<Option<Arc<IngestSlot>>>,
+    open: Mutex<Option<IngestSlot>>,
 }
 
 impl ContainerdStore {
@@ -155,12 +154,7 @@ impl ContainerdStagedBlob {
     }
 
     /// Links the file where possible, else sends the bytes: a link is only an optimization.
-    async fn record(
-        &self,
-        slot: &Arc<IngestSlot>,
-        proof: BlobProof,
-        metadata: &BlobMetadata,
-    ) -> Result<(), StoreError> {
+    async fn record(&self, slot: &IngestSlot, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let store = &self.store;
         let root = store.content_root().await?.filter(|root| self.file.path().starts_with(root.join(STAGING_FOLDER)));
         // containerd offers an empty blob at its end in any case, so its offer proves nothing.
@@ -172,27 +166,8 @@ impl ContainerdStagedBlob {
                 Err(AdoptionError(reason)) => store.record_adoption_error(reason).await,
             }
         }
-        self.send(slot, proof, metadata).await
-    }
-
-    /// Sends the bytes, and once more after a stray file with other bytes was discarded.
-    async fn send(&self, slot: &Arc<IngestSlot>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
-        for _ in 0..2 {
-            let mut writer = match self.store.begin_checked_write(Arc::clone(slot), self.file.size(), &self.pin).await {
-                Err(StoreError::AlreadyExists(digest)) => return self.store.add_labels(digest, metadata).await,
-                writer => writer?,
-            };
-            let mut offset = 0;
-            while offset < self.file.size() {
-                let bytes = self.file.read_at(offset, MESSAGE_SIZE).await.map_err(|error| self.io_error(&error))?;
-                offset += bytes.len() as u64;
-                writer.append(&[bytes]).await?;
-            }
-            if writer.finish(&proof, metadata).await? == CommitOutcome::Blob {
-                return Ok(());
-            }
-        }
-        Err(StoreError::Other(format!("containerd keeps other bytes than were sent for {}", self.digest)))
+        let read = async |offset| self.file.read_at(offset, MESSAGE_SIZE).await.map_err(|error| self.io_error(&error));
+        store.send_blob(slot, self.file.size(), metadata, &self.pin, read).await
     }
 }
 
@@ -223,7 +198,7 @@ impl StagedBlob for ContainerdStagedBlob {
         let slot = open.as_ref().ok_or_else(closed)?;
         let file = Arc::clone(&self.file);
         blocking(move || file.seal()).await?.map_err(|error| self.io_error(&error))?;
-        self.record(slot, proof, metadata).await?;
+        self.record(slot, metadata).await?;
         // After the record: this name kept the bytes until then.
         let file = Arc::clone(&self.file);
         blocking(move || file.remove()).await?;

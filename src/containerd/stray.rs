@@ -10,11 +10,10 @@
 //! file with wrong bytes. Where they cannot be seen or removed, the agent reads the blob back once
 //! after the commit, and lets containerd discard wrong bytes.
 
+use std::future::ready;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
-use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::ContainerdStore;
@@ -22,43 +21,55 @@ use super::adoption::{STAGING_FOLDER, WRONG_EXTENSION, has_digest, remove_wrong_
 use super::content::blocking;
 use super::ingest::IngestSlot;
 use super::reader::ApiReader;
-use super::writer::{ApiWriter, MESSAGE_SIZE};
+use super::writer::MESSAGE_SIZE;
 use crate::files::{blob_path, create_staging_folder};
 use crate::oci::{BlobProof, Digest, Hasher};
-use crate::ports::{BlobMetadata, BlobReader as _, BlobSink, BlobWriter, Pin, StoreError};
-
-/// A write through the content API that never leaves a stray file as the blob.
-pub(super) struct CheckedWriter {
-    writer: ApiWriter,
-    store: ContainerdStore,
-    digest: Digest,
-    size: u64,
-    pin: Pin,
-    /// No stray file was left at the start of the write.
-    is_stray_free: bool,
-}
-
-/// Result of a commit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum CommitOutcome {
-    /// The blob has the sent bytes.
-    Blob,
-    /// The blob had a stray file's bytes, which containerd has discarded. The blob can be sent
-    /// again.
-    Stray,
-}
+use crate::ports::{BlobMetadata, BlobReader as _, Pin, StoreError, verify_document};
 
 impl ContainerdStore {
-    pub(super) async fn begin_checked_write(
+    /// Sends a document, which the pin holds through its name: a renewal during the write includes
+    /// the blob.
+    pub(super) async fn send_document(
         &self,
-        slot: Arc<IngestSlot>,
-        size: u64,
+        bytes: Bytes,
+        proof: BlobProof,
+        metadata: &BlobMetadata,
         pin: &Pin,
-    ) -> Result<CheckedWriter, StoreError> {
+    ) -> Result<(), StoreError> {
+        verify_document(&bytes, proof)?;
+        self.add_to_pin(pin, "content".into(), proof.digest().to_string()).await?;
+        let slot = IngestSlot::take(self, proof.digest())?;
+        let read = |offset| {
+            let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+            ready(Ok(bytes.slice(begin..bytes.len().min(begin + MESSAGE_SIZE))))
+        };
+        self.send_blob(&slot, proof.size(), metadata, pin, read).await
+    }
+
+    /// Sends a blob, and once more after a stray file with other bytes was discarded. The result is
+    /// never a stray file. An existing blob only gets the metadata.
+    pub(super) async fn send_blob<F: Future<Output = Result<Bytes, StoreError>>>(
+        &self,
+        slot: &IngestSlot,
+        size: u64,
+        metadata: &BlobMetadata,
+        pin: &Pin,
+        read: impl Fn(u64) -> F,
+    ) -> Result<(), StoreError> {
         let digest = slot.digest();
-        let is_stray_free = self.remove_stray(digest).await?;
-        let writer = self.begin_write(slot, size, pin).await?;
-        Ok(CheckedWriter { writer, store: self.clone(), digest, size, pin: pin.clone(), is_stray_free })
+        for _ in 0..2 {
+            let is_stray_free = self.remove_stray(digest).await?;
+            match self.send_once(slot, size, metadata, pin, &read).await {
+                Err(StoreError::AlreadyExists(_)) => return self.add_labels(digest, metadata).await,
+                sent => sent?,
+            }
+            if is_stray_free && self.has_file(digest).await? || self.is_intact(digest, size).await? {
+                return Ok(());
+            }
+            tracing::warn!(%digest, "containerd made a record of a stray file with other bytes; the file is discarded");
+            self.discard_blob(digest, pin).await?;
+        }
+        Err(StoreError::Other(format!("containerd keeps other bytes than were sent for {digest}")))
     }
 
     /// Removes a stray file with wrong bytes. Returns `false` when the file cannot be seen or
@@ -78,6 +89,13 @@ impl ContainerdStore {
                 Ok(false)
             }
         }
+    }
+
+    /// Whether the visible folder has the blob's file. A missing file means that containerd uses
+    /// another folder.
+    async fn has_file(&self, digest: Digest) -> Result<bool, StoreError> {
+        let Some(root) = self.content_root().await? else { return Ok(false) };
+        blocking(move || blob_path(&root, digest).exists()).await
     }
 
     /// Whether containerd returns the blob's own bytes.
@@ -103,47 +121,4 @@ fn remove_wrong_stray(path: &Path, staging: &Path, digest: Digest) -> io::Result
     }
     create_staging_folder(staging)?;
     remove_wrong_file(path, &staging.join(digest.hex()).with_extension(WRONG_EXTENSION), digest)
-}
-
-impl CheckedWriter {
-    /// Commits the blob and verifies the result.
-    pub(super) async fn finish(self, proof: &BlobProof, metadata: &BlobMetadata) -> Result<CommitOutcome, StoreError> {
-        let Self { writer, store, digest, size, pin, is_stray_free } = self;
-        writer.commit(proof, metadata).await?;
-        if is_stray_free && store.has_file(digest).await? || store.is_intact(digest, size).await? {
-            return Ok(CommitOutcome::Blob);
-        }
-        tracing::warn!(%digest, "containerd made a record of a stray file with other bytes; the file is discarded");
-        store.discard_blob(digest, &pin).await?;
-        Ok(CommitOutcome::Stray)
-    }
-}
-
-impl ContainerdStore {
-    /// Whether the visible folder has the blob's file. A missing file means that containerd uses
-    /// another folder.
-    async fn has_file(&self, digest: Digest) -> Result<bool, StoreError> {
-        let Some(root) = self.content_root().await? else { return Ok(false) };
-        blocking(move || blob_path(&root, digest).exists()).await
-    }
-}
-
-#[async_trait]
-impl BlobSink for CheckedWriter {
-    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
-        self.writer.append(chunks).await
-    }
-}
-
-#[async_trait]
-impl BlobWriter for CheckedWriter {
-    async fn commit(self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
-        let digest = self.digest;
-        match self.finish(&proof, metadata).await? {
-            CommitOutcome::Blob => Ok(()),
-            CommitOutcome::Stray => Err(StoreError::Other(format!(
-                "a stray file with the name of {digest} had other bytes and was removed; a retry writes the blob"
-            ))),
-        }
-    }
 }

@@ -1,9 +1,7 @@
 //! Writes a blob through containerd's content API.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use containerd_client::services::v1::{WriteAction, WriteContentRequest, WriteContentResponse};
 use containerd_client::tonic::{Status, Streaming};
@@ -14,37 +12,55 @@ use super::ContainerdStore;
 use super::client::{MESSAGE_DEADLINE, with_deadline};
 use super::ingest::{COMMIT_DEADLINE, IngestSlot, MAX_BACKOFF, MIN_BACKOFF, WriteStream, write_request};
 use super::labels::missing_labels;
-use crate::oci::BlobProof;
-use crate::ports::{BlobMetadata, BlobSink, Pin, StoreError};
+use crate::oci::Digest;
+use crate::ports::{BlobMetadata, Pin, StoreError};
 
 /// Data of one message in bytes. containerd refuses messages over 16 MiB. 4 and 8 MiB were no
 /// faster (measured on 1.6), and each message costs three times its size in memory.
 pub(super) const MESSAGE_SIZE: usize = 1 << 20;
 
-pub(super) struct ApiWriter {
-    slot: Arc<IngestSlot>,
+struct ApiWriter<'a> {
+    store: &'a ContainerdStore,
+    digest: Digest,
     size: u64,
-    /// Accepted bytes, sent or not.
-    written: u64,
     /// Bytes that containerd confirmed.
     confirmed: u64,
-    /// Data of the next message.
-    filling: Vec<u8>,
     messages: mpsc::Sender<WriteContentRequest>,
     answers: Streaming<WriteContentResponse>,
 }
 
 impl ContainerdStore {
-    pub(super) async fn begin_write(
+    /// Sends a blob and commits it. `read` returns [`MESSAGE_SIZE`] bytes at an offset, or the rest
+    /// of the blob. containerd uses an existing file unverified, see `stray.rs`.
+    pub(super) async fn send_once<F: Future<Output = Result<Bytes, StoreError>>>(
         &self,
-        slot: Arc<IngestSlot>,
+        slot: &IngestSlot,
         size: u64,
+        metadata: &BlobMetadata,
         pin: &Pin,
-    ) -> Result<ApiWriter, StoreError> {
+        read: impl Fn(u64) -> F,
+    ) -> Result<(), StoreError> {
+        let mut writer = self.begin_write(slot, size, pin).await?;
+        let mut offset = 0;
+        loop {
+            let data = read(offset).await?;
+            let end = offset + data.len() as u64;
+            if end == size {
+                writer.send(WriteAction::Commit, offset, data, missing_labels(&HashMap::new(), metadata)).await?;
+                break;
+            }
+            writer.send(WriteAction::Write, offset, data, HashMap::new()).await?;
+            offset = end;
+        }
+        let committed = writer.wait_committed().await;
+        self.finish_commit(slot, committed, metadata).await
+    }
+
+    async fn begin_write(&self, slot: &IngestSlot, size: u64, pin: &Pin) -> Result<ApiWriter<'_>, StoreError> {
         let digest = slot.digest();
         let mut backoff = MIN_BACKOFF;
         let stream = loop {
-            let mut stream = self.open_write(&slot, size, pin).await?;
+            let mut stream = self.open_write(slot, size, pin).await?;
             // Another namespace has the blob, or a file has no record: containerd offers the bytes
             // unverified.
             if stream.offered == 0 {
@@ -59,25 +75,28 @@ impl ContainerdStore {
             }
             backoff *= 2;
         };
-        let filling = Vec::with_capacity(MESSAGE_SIZE.min(usize::try_from(size).unwrap_or(MESSAGE_SIZE)));
         let WriteStream { messages, answers, offered: _ } = stream;
-        Ok(ApiWriter { slot, size, written: 0, confirmed: 0, filling, messages, answers })
+        Ok(ApiWriter { store: self, digest, size, confirmed: 0, messages, answers })
     }
 }
 
-impl ApiWriter {
-    /// Sends the filled message as soon as the queue has room, and reads the answers that have
-    /// arrived.
-    async fn send(&mut self, action: WriteAction, labels: HashMap<String, String>) -> Result<(), StoreError> {
-        let data = std::mem::take(&mut self.filling);
+impl ApiWriter<'_> {
+    /// Sends a message as soon as the queue has room, and reads the answers that have arrived.
+    async fn send(
+        &mut self,
+        action: WriteAction,
+        offset: u64,
+        data: Bytes,
+        labels: HashMap<String, String>,
+    ) -> Result<(), StoreError> {
+        // Offset 0 in the first message makes containerd drop the offer of another namespace's
+        // copy.
         let message = WriteContentRequest {
             action: action.into(),
             total: self.size.cast_signed(),
-            expected: self.slot.digest().to_string(),
-            // Offset 0 in the first message makes containerd drop the offer of another namespace's
-            // copy.
-            offset: (self.written - data.len() as u64).cast_signed(),
-            data,
+            expected: self.digest.to_string(),
+            offset: offset.cast_signed(),
+            data: data.into(),
             labels,
             ..WriteContentRequest::default()
         };
@@ -98,7 +117,7 @@ impl ApiWriter {
             }
         };
         let sent = with_deadline(MESSAGE_DEADLINE, sending).await;
-        sent.map_err(|status| self.slot.store.client.blob_error(self.slot.digest(), &status))
+        sent.map_err(|status| self.store.client.blob_error(self.digest, &status))
     }
 
     /// Waits until containerd has received, hashed and synced all bytes and has made the blob.
@@ -132,46 +151,4 @@ fn confirm(confirmed: &mut u64, answer: Option<WriteContentResponse>) -> Result<
     }
     *confirmed = offset;
     Ok(())
-}
-
-#[async_trait]
-impl BlobSink for ApiWriter {
-    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
-        for chunk in chunks {
-            let mut rest = &chunk[..];
-            while !rest.is_empty() {
-                // A full message is sent when more data follows: the last message goes with the
-                // commit.
-                if self.filling.len() == MESSAGE_SIZE {
-                    self.send(WriteAction::Write, HashMap::new()).await?;
-                    self.filling.reserve_exact(MESSAGE_SIZE);
-                }
-                let (now, later) = rest.split_at(rest.len().min(MESSAGE_SIZE - self.filling.len()));
-                self.filling.extend_from_slice(now);
-                self.written += now.len() as u64;
-                rest = later;
-                if self.written > self.size {
-                    let (size, digest) = (self.size, self.slot.digest());
-                    return Err(StoreError::Other(format!("more than {size} bytes for {digest}")));
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl ApiWriter {
-    /// Makes the blob readable. containerd uses an existing file unverified, see `stray.rs`.
-    pub(super) async fn commit(mut self, proof: &BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
-        let digest = self.slot.digest();
-        if proof.digest() != digest || proof.size() != self.written || self.size != self.written {
-            let (proved, size, written) = (proof.digest(), proof.size(), self.written);
-            return Err(StoreError::Other(format!(
-                "the proof is for {size} bytes of {proved}, written were {written} of {digest}"
-            )));
-        }
-        self.send(WriteAction::Commit, missing_labels(&HashMap::new(), metadata)).await?;
-        let committed = self.wait_committed().await;
-        self.slot.store.finish_commit(&self.slot, committed, metadata).await
-    }
 }

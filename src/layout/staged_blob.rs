@@ -11,13 +11,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::writer::WriteSlot;
+use super::write_slot::WriteSlot;
 use super::{BLOBS, Folder, INGEST, io_error};
 use crate::files::{StagingFile, blob_path, leftovers, sync_folder};
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, STAGED_BLOB_LIFE, StagedBlob, StoreError};
 
-/// Suffix of staged files. Files of writers have none, because no process resumes them.
+/// Suffix of staged files. Files of documents have none, because no process resumes them.
 const SUFFIX: &str = ".staged";
 
 pub(super) struct LayoutStagedBlob {
@@ -59,8 +59,8 @@ fn staged_digest(name: &OsStr) -> Option<Digest> {
     format!("sha256:{}", name.to_str()?.strip_suffix(SUFFIX)?).parse().ok()
 }
 
-/// Removes files of killed writers, which no process resumes, and old staged files. Call without
-/// writers.
+/// Removes the documents of a killed process, which no process resumes, and old staged files. Call
+/// without writers.
 pub(super) fn sweep_unstaged(ingest: &Path) -> io::Result<()> {
     for leftover in leftovers(ingest)? {
         if staged_digest(&leftover.name).is_none() {
@@ -89,7 +89,7 @@ impl StagedState {
         self.open.lock()
     }
 
-    /// In the writer's order: a visible blob is on disk and has its metadata.
+    /// In the order of [`Folder::put`]: a visible blob is on disk and has its metadata.
     fn commit(&self, metadata: &BlobMetadata) -> Result<(), StoreError> {
         let not_written = |error| self.folder.write_error(self.digest, &error);
         let mut guard = self.open();

@@ -4,9 +4,10 @@ use bytes::Bytes;
 use tempfile::TempDir;
 
 use super::*;
-use crate::oci::{Descriptor, Hasher, Repository};
-use crate::ports::{Child, ChildKind, STAGED_BLOB_LIFE};
+use crate::oci::{Descriptor, Repository};
+use crate::ports::{Child, ChildKind, ContentStore, STAGED_BLOB_LIFE};
 use crate::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
+use crate::testing::image::write_blob;
 
 struct LayoutUnderTest {
     root: TempDir,
@@ -24,13 +25,8 @@ impl LayoutUnderTest {
     }
 
     async fn write(&self, bytes: &[u8], pin: &Pin, metadata: &BlobMetadata) -> Descriptor {
-        let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
-        let mut hasher = Hasher::default();
-        hasher.update(bytes);
-        let mut writer = self.store.create(digest, size, pin).await.unwrap();
-        writer.append(&[Bytes::copy_from_slice(bytes)]).await.unwrap();
-        writer.commit(hasher.verify(digest, size).unwrap(), metadata).await.unwrap();
-        Descriptor { media_type: "m".into(), digest, size, platform: None, attestation: false }
+        let digest = write_blob(&self.store, Bytes::copy_from_slice(bytes), metadata, pin).await.unwrap();
+        Descriptor { media_type: "m".into(), digest, size: bytes.len() as u64, platform: None, attestation: false }
     }
 }
 
@@ -139,21 +135,22 @@ async fn source_repositories_are_kept_until_the_blob_is_collected() {
 
 #[tokio::test]
 async fn a_killed_writer_s_file_is_swept_when_the_folder_is_opened_again() {
-    let mut disk = LayoutUnderTest::new();
-    let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
-    let mut unfinished = disk.store.create(Digest::of(b"whole"), 5, &pin).await.unwrap();
-    unfinished.append(&[Bytes::from_static(b"who")]).await.unwrap();
-    let ingest = |disk: &LayoutUnderTest| fs::read_dir(disk.root.path().join("ingest")).unwrap().count();
-    assert_eq!(ingest(&disk), 1);
-    disk.restart(UnfinishedWrite::Written(unfinished)).await;
-    assert_eq!(ingest(&disk), 0);
+    let LayoutUnderTest { root, store } = LayoutUnderTest::new();
+    drop(store);
+    // A process that is killed in `put` leaves this file.
+    let file = root.path().join("ingest").join(Digest::of(b"whole").hex());
+    fs::write(&file, "who").unwrap();
+    let disk = LayoutUnderTest { store: LayoutStore::open(root.path()).unwrap(), root };
+    assert!(!file.exists());
+    assert_eq!(disk.store.blobs().await.unwrap(), []);
 }
 
 #[tokio::test]
-async fn a_dropped_writer_removes_its_file() {
+async fn a_failed_put_removes_its_file() {
     let disk = LayoutUnderTest::new();
     let pin = disk.store.pin(Duration::from_secs(60)).await.unwrap();
-    drop(disk.store.create(Digest::of(b"whole"), 5, &pin).await.unwrap());
+    fs::remove_dir(disk.root.path().join("blobs/sha256")).unwrap();
+    write_blob(&disk.store, Bytes::from_static(b"whole"), &BlobMetadata::default(), &pin).await.unwrap_err();
     assert_eq!(fs::read_dir(disk.root.path().join("ingest")).unwrap().count(), 0);
 }
 
@@ -216,8 +213,8 @@ fn a_folder_with_other_content_is_left_alone() {
 #[tokio::test]
 async fn a_pin_s_name_is_never_a_path() {
     let disk = LayoutUnderTest::new();
-    let created = disk.store.create(Digest::of(b"x"), 1, &Pin("../index.json".into())).await.map(|_| ());
-    assert!(matches!(created, Err(StoreError::Other(_))));
+    let staged = disk.store.stage(Digest::of(b"x"), 1, &Pin("../index.json".into())).await.map(|_| ());
+    assert!(matches!(staged, Err(StoreError::Other(_))));
     disk.store.release(Pin("../index.json".into())).await.unwrap();
     assert!(disk.root.path().join("index.json").exists());
 }

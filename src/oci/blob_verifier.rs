@@ -10,7 +10,7 @@ use super::Digest;
 ///
 /// No other module can make a proof, so a function that takes a proof cannot be called with
 /// unverified content.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlobProof {
     digest: Digest,
     size: u64,

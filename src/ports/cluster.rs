@@ -20,8 +20,13 @@ impl std::fmt::Debug for PullSecret {
 }
 
 /// Calls to Kubernetes besides the watch.
+pub trait Cluster: PodReader + PodWriter + Nodes {}
+
+impl<C: PodReader + PodWriter + Nodes> Cluster for C {}
+
+/// Reads what concerns a pod: its namespace, owners, Events and pull secrets.
 #[async_trait]
-pub trait Cluster: Send + Sync + 'static {
+pub trait PodReader: Send + Sync + 'static {
     /// The namespace's labels and annotations, at most some seconds old.
     ///
     /// # Errors
@@ -37,12 +42,6 @@ pub trait Cluster: Send + Sync + 'static {
     /// [`ClusterError`].
     async fn owners(&self, k8s_namespace: &str, owner: &Owner) -> Result<Vec<Arc<Annotations>>, ClusterError>;
 
-    /// Zone of this agent's node, from the label `topology.kubernetes.io/zone`, if any.
-    ///
-    /// # Errors
-    /// [`ClusterError`].
-    async fn zone(&self) -> Result<Option<Zone>, ClusterError>;
-
     /// The kubelet's recent Events on the pod, the oldest first. Serves an agent that starts during
     /// a failure, and sandbox images, whose absence no pod status shows.
     ///
@@ -56,7 +55,11 @@ pub trait Cluster: Send + Sync + 'static {
     /// # Errors
     /// [`ClusterError::Forbidden`] without the right, [`ClusterError::Gone`] without such a Secret.
     async fn pull_secret(&self, k8s_namespace: &str, name: &str) -> Result<PullSecret, ClusterError>;
+}
 
+/// Changes pods and writes Events on pods.
+#[async_trait]
+pub trait PodWriter: Send + Sync + 'static {
     /// Deletes this pod, with its UID as precondition.
     ///
     /// # Errors
@@ -75,6 +78,16 @@ pub trait Cluster: Send + Sync + 'static {
     /// # Errors
     /// [`ClusterError`].
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError>;
+}
+
+/// This agent's own node, other nodes, and the clock of the API server.
+#[async_trait]
+pub trait Nodes: Send + Sync + 'static {
+    /// Zone of this agent's node, from the label `topology.kubernetes.io/zone`, if any.
+    ///
+    /// # Errors
+    /// [`ClusterError`].
+    async fn zone(&self) -> Result<Option<Zone>, ClusterError>;
 
     /// Writes an Event on the agent's own node, or renews the node's Event of this reason.
     ///

@@ -9,11 +9,16 @@ use tokio::sync::watch;
 
 use super::StagedBlob;
 use crate::decide::disk_floor::Disks;
-use crate::oci::{BlobProof, Descriptor, Digest, Document, Repository};
+use crate::oci::{BlobProof, Descriptor, Digest, Document, MAX_DOCUMENT_BYTES, Repository};
 
 /// A content store: containerd's, an OCI layout on disk, or one in memory.
+pub trait ContentStore: Blobs + ImageRecords + Pins + StoreDisks {}
+
+impl<S: Blobs + ImageRecords + Pins + StoreDisks> ContentStore for S {}
+
+/// The blobs of a content store.
 #[async_trait]
-pub trait ContentStore: Send + Sync + 'static {
+pub trait Blobs: Send + Sync + 'static {
     /// The blob, if the store has all of its bytes.
     ///
     /// # Errors
@@ -23,7 +28,7 @@ pub trait ContentStore: Send + Sync + 'static {
     /// Every complete blob. Blobs that are being written are not listed.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`].
+    /// As [`Blobs::blob`].
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError>;
 
     /// Opens a blob for reading.
@@ -32,19 +37,22 @@ pub trait ContentStore: Send + Sync + 'static {
     /// [`StoreError::Absent`] for an absent blob.
     async fn open(&self, digest: Digest) -> Result<Box<dyn BlobReader>, StoreError>;
 
-    /// Starts writing a blob that `pin` will hold. Bytes of an earlier, interrupted attempt are
-    /// deleted.
+    /// Writes a blob of at most [`MAX_DOCUMENT_BYTES`], which `pin` holds from then on. An existing
+    /// blob stays, and only the metadata is added. A canceled call leaves the whole blob or no
+    /// blob.
     ///
     /// # Errors
-    /// [`StoreError::AlreadyExists`] when the complete blob exists. The pin then holds the blob,
-    /// but [`BlobMetadata`] may be missing: see [`ContentStore::add_metadata`].
-    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError>;
+    /// [`StoreError::Other`] when the proof is for other bytes, see [`verify_document`], and
+    /// [`StoreError::Busy`]: a blob has one writer at a time.
+    async fn put(&self, bytes: Bytes, proof: BlobProof, metadata: &BlobMetadata, pin: &Pin) -> Result<(), StoreError>;
 
     /// Starts a blob whose pieces arrive in any order, and which `pin` will hold. The blob resumes
     /// with the pieces of an earlier, interrupted attempt.
     ///
     /// # Errors
-    /// As [`ContentStore::create`]: a blob has one writer at a time, of either kind.
+    /// [`StoreError::AlreadyExists`] when the complete blob exists. The pin then holds the blob,
+    /// but [`BlobMetadata`] may be missing: see [`Blobs::add_metadata`]. [`StoreError::Busy`] as
+    /// for [`Blobs::put`].
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError>;
 
     /// Adds metadata to a blob of the store; earlier metadata stays.
@@ -62,10 +70,19 @@ pub trait ContentStore: Send + Sync + 'static {
     /// absent blob is no error.
     async fn discard(&self, digest: Digest, pin: &Pin) -> Result<(), StoreError>;
 
+    /// Counter that moves whenever blobs or records may have changed. Extra moves are possible.
+    /// Some stores remove content silently (containerd's collector for one), so list at intervals
+    /// as well.
+    fn changes(&self) -> watch::Receiver<u64>;
+}
+
+/// The image records of a content store, and the images' layers outside the content store.
+#[async_trait]
+pub trait ImageRecords: Send + Sync + 'static {
     /// Every image record.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`].
+    /// As [`Blobs::blob`].
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError>;
 
     /// Writes an image record, replaces a record of that name, and returns when the runtime has
@@ -81,48 +98,70 @@ pub trait ContentStore: Send + Sync + 'static {
     /// kubelet never pulls.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`]. A missing record, or a record with another target, is no error.
+    /// As [`Blobs::blob`]. A missing record, or a record with another target, is no error.
     async fn remove_image(&self, name: &str, target: Digest) -> Result<(), StoreError>;
 
     /// Snapshots that the runtime of this store unpacked under this chain ID, which is
     /// [`crate::oci::StackedLayer::chain_id`] of an image's topmost layer.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`].
+    /// As [`Blobs::blob`].
     async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError>;
+}
 
+/// Protection of content from the collector of a content store.
+#[async_trait]
+pub trait Pins: Send + Sync + 'static {
     /// Protects content from the collector until released, but for `life` at most: a killed agent
     /// leaks nothing.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`].
+    /// As [`Blobs::blob`].
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError>;
 
     /// Extends the pin to `life` from now on, for present content, open writers and later content.
-    /// A killed agent leaks nothing after `life`, as with [`ContentStore::pin`].
+    /// A killed agent leaks nothing after `life`, as with [`Pins::pin`].
     ///
     /// # Errors
-    /// As [`ContentStore::blob`], and [`StoreError::Other`] when the pin has ended. After other
-    /// errors the pin holds its content until its former end at least.
+    /// As [`Blobs::blob`], and [`StoreError::Other`] when the pin has ended. After other errors the
+    /// pin holds its content until its former end at least.
     async fn renew(&self, pin: &Pin, life: Duration) -> Result<(), StoreError>;
 
     /// Releases the pin. The collector removes content without an image record sooner or later.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`]. A pin that is gone is no error.
+    /// As [`Blobs::blob`]. A pin that is gone is no error.
     async fn release(&self, pin: Pin) -> Result<(), StoreError>;
+}
 
-    /// Counter that moves whenever blobs or records may have changed. Extra moves are possible.
-    /// Some stores remove content silently (containerd's collector for one), so list at intervals
-    /// as well.
-    fn changes(&self) -> watch::Receiver<u64>;
-
+/// The disks of a content store.
+#[async_trait]
+pub trait StoreDisks: Send + Sync + 'static {
     /// File systems of the content and of the snapshots, as far as the store has them and the agent
     /// can see them.
     ///
     /// # Errors
-    /// As [`ContentStore::blob`].
+    /// As [`Blobs::blob`].
     async fn disks(&self) -> Result<Disks, StoreError>;
+}
+
+/// Verifies the arguments of [`Blobs::put`].
+///
+/// # Errors
+/// [`StoreError::Other`] for more than [`MAX_DOCUMENT_BYTES`], and when the proof is for other
+/// bytes.
+pub fn verify_document(bytes: &[u8], proof: BlobProof) -> Result<(), StoreError> {
+    let (size, digest) = (bytes.len() as u64, Digest::of(bytes));
+    if size > MAX_DOCUMENT_BYTES {
+        return Err(StoreError::Other(format!("{size} bytes of {digest} are over the limit of {MAX_DOCUMENT_BYTES}")));
+    }
+    if (proof.digest(), proof.size()) != (digest, size) {
+        let (proved, length) = (proof.digest(), proof.size());
+        return Err(StoreError::Other(format!(
+            "the proof is for {length} bytes of {proved}, written were {size} of {digest}"
+        )));
+    }
+    Ok(())
 }
 
 /// Reads one blob; stays valid while the blob exists.
@@ -136,29 +175,6 @@ pub trait BlobReader: Send {
     /// # Errors
     /// [`StoreError::Absent`] when the collector removed the blob meanwhile.
     async fn read_at(&mut self, offset: u64, limit: usize) -> Result<Bytes, StoreError>;
-}
-
-/// Receives fetched bytes, in order.
-///
-/// Called once per batch of chunks: at a gigabyte a second, one call per chunk would cost too much.
-#[async_trait]
-pub trait BlobSink: Send {
-    /// Appends the chunks, one after the other.
-    ///
-    /// # Errors
-    /// Any [`StoreError`]; the caller must then abandon the blob.
-    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError>;
-}
-
-/// A blob being written. Dropped without [`BlobWriter::commit`], the blob can never be read.
-#[async_trait]
-pub trait BlobWriter: BlobSink {
-    /// Makes the blob readable and stores its metadata. Only verified bytes may be committed: the
-    /// proof must be for this writer's blob.
-    ///
-    /// # Errors
-    /// [`StoreError::Other`] when the proof is for another blob or the number of bytes differs.
-    async fn commit(self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError>;
 }
 
 /// A complete blob.

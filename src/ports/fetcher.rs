@@ -1,8 +1,9 @@
 //! Transfer of a blob from a peer.
 
 use async_trait::async_trait;
+use bytes::Bytes;
 
-use super::{BlobSink, PieceFetcher, StoreError};
+use super::{PieceFetcher, StoreError};
 use crate::model::PeerId;
 use crate::oci::{BlobProof, Digest, VerifyError};
 
@@ -31,6 +32,18 @@ pub trait Fetcher: PieceFetcher {
     /// # Errors
     /// As [`Fetcher::fetch`].
     async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError>;
+}
+
+/// Receives fetched bytes, in order.
+///
+/// Called once per batch of chunks: at a gigabyte a second, one call per chunk would cost too much.
+#[async_trait]
+pub trait BlobSink: Send {
+    /// Appends the chunks, one after the other.
+    ///
+    /// # Errors
+    /// Any [`StoreError`]; the caller must then abandon the blob.
+    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError>;
 }
 
 /// Reason of a failed transfer from a peer.

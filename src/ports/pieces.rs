@@ -103,7 +103,7 @@ pub enum PieceError {
 /// reads the blob: the store neither lists nor opens it.
 ///
 /// A store on disk keeps staged blobs beyond the process: after a kill the next
-/// [`super::ContentStore::stage`] finds the pieces. A dropped blob stays for a while too. A blob
+/// [`super::Blobs::stage`] finds the pieces. A dropped blob stays for a while too. A blob
 /// that is not staged again within [`STAGED_BLOB_LIFE`] is removed.
 #[async_trait]
 pub trait StagedBlob: Send + Sync {
@@ -130,7 +130,7 @@ pub trait StagedBlob: Send + Sync {
     /// bytes that were written. From the call on, writes fail. A failed commit can be repeated.
     ///
     /// # Errors
-    /// [`StoreError::Other`] when the proof is for another blob; as [`super::BlobWriter::commit`].
+    /// [`StoreError::Other`] when the proof is for another blob.
     async fn commit(&self, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError>;
 
     /// Deletes the written pieces; a later attempt starts from nothing.

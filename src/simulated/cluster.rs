@@ -13,7 +13,7 @@ use crate::model::{
     Annotations, KubeletEvent, LeaseSnapshot, LeaseVersion, NamespaceView, NodeName, Owner, PodRef, PodReport, Zone,
 };
 use crate::oci::Digest;
-use crate::ports::{ClaimError, Claims, Cluster, ClusterError, NodeReport, PullSecret};
+use crate::ports::{ClaimError, Claims, ClusterError, NodeReport, Nodes, PodReader, PodWriter, PullSecret};
 
 /// The cluster. Clones share state.
 #[derive(Clone)]
@@ -159,7 +159,7 @@ impl MemoryCluster {
 }
 
 #[async_trait]
-impl Cluster for MemoryCluster {
+impl PodReader for MemoryCluster {
     async fn namespace(&self, name: &str) -> Result<Arc<NamespaceView>, ClusterError> {
         let delay = self.lock().namespace_delay;
         tokio::time::sleep(delay).await;
@@ -172,10 +172,6 @@ impl Cluster for MemoryCluster {
         Ok(state.owners.get(&(k8s_namespace.to_owned(), owner.clone())).cloned().unwrap_or_default())
     }
 
-    async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
-        Ok(self.available_state()?.zone.clone())
-    }
-
     async fn kubelet_events(&self, pod: &PodRef) -> Result<Vec<KubeletEvent>, ClusterError> {
         Ok(self.available_state()?.kubelet_events.get(pod).cloned().unwrap_or_default())
     }
@@ -185,7 +181,10 @@ impl Cluster for MemoryCluster {
         let secret = secrets.get(&(k8s_namespace.to_owned(), name.to_owned())).cloned();
         secret.ok_or_else(|| ClusterError::Gone(format!("secret {k8s_namespace}/{name}")))
     }
+}
 
+#[async_trait]
+impl PodWriter for MemoryCluster {
     async fn delete(&self, pod: &PodRef) -> Result<(), ClusterError> {
         self.permitted_state()?.deleted.push(pod.clone());
         Ok(())
@@ -201,6 +200,13 @@ impl Cluster for MemoryCluster {
     async fn report(&self, pod: &PodRef, report: &PodReport) -> Result<(), ClusterError> {
         self.available_state()?.reports.push((pod.clone(), report.clone()));
         Ok(())
+    }
+}
+
+#[async_trait]
+impl Nodes for MemoryCluster {
+    async fn zone(&self) -> Result<Option<Zone>, ClusterError> {
+        Ok(self.available_state()?.zone.clone())
     }
 
     async fn report_on_node(&self, report: &NodeReport) -> Result<(), ClusterError> {

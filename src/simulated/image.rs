@@ -10,8 +10,8 @@ use rand::{RngCore, SeedableRng, rngs::SmallRng};
 use serde_json::json;
 
 pub use self::compression::Compression;
-use crate::oci::{Descriptor, Digest, Hasher, Platform, RootFs, StackedLayer};
-use crate::ports::{BlobMetadata, Child, ChildKind, ContentStore, ImageRecord, Pin, StoreError};
+use crate::oci::{Descriptor, Digest, Hasher, MAX_DOCUMENT_BYTES, Platform, RootFs, StackedLayer};
+use crate::ports::{BlobMetadata, Blobs, Child, ChildKind, ContentStore, ImageRecord, Pin, StoreError};
 
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
@@ -141,7 +141,7 @@ pub async fn put_gzip_layers(
 }
 
 async fn put_manifest(
-    store: &dyn ContentStore,
+    store: &dyn Blobs,
     pin: &Pin,
     recipe: &Recipe,
     seed: u64,
@@ -159,7 +159,7 @@ async fn put_manifest(
 
 /// The layers are in the store already. Each layer has its diff ID.
 async fn put_manifest_of(
-    store: &dyn ContentStore,
+    store: &dyn Blobs,
     pin: &Pin,
     recipe: &Recipe,
     (layers, mut diff_ids): (Vec<Descriptor>, Vec<Digest>),
@@ -204,7 +204,7 @@ async fn put_manifest_of(
 }
 
 async fn put_index(
-    store: &dyn ContentStore,
+    store: &dyn Blobs,
     pin: &Pin,
     recipe: &Recipe,
     manifest: &Descriptor,
@@ -230,7 +230,7 @@ async fn put_index(
 }
 
 /// Puts a manifest whose configuration and layer are in no store.
-async fn put_bare_manifest(store: &dyn ContentStore, pin: &Pin, seed: &[u8]) -> Result<Descriptor, StoreError> {
+async fn put_bare_manifest(store: &dyn Blobs, pin: &Pin, seed: &[u8]) -> Result<Descriptor, StoreError> {
     let blob = json!({"mediaType": CONFIG, "digest": Digest::of(seed), "size": 9});
     let document = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": blob, "layers": [blob]});
     put_blob(store, pin, MANIFEST, document.to_string().into(), Vec::new()).await
@@ -253,28 +253,44 @@ pub async fn put_document(store: &dyn ContentStore, name: &str, document: String
 }
 
 async fn put_blob(
-    store: &dyn ContentStore,
+    store: &dyn Blobs,
     pin: &Pin,
     media_type: &str,
     bytes: Bytes,
     children: Vec<Child>,
 ) -> Result<Descriptor, StoreError> {
+    let (size, metadata) = (bytes.len() as u64, BlobMetadata { source: None, children });
+    let digest = write_blob(store, bytes, &metadata, pin).await?;
+    Ok(Descriptor { media_type: media_type.into(), digest, size, platform: None, attestation: false })
+}
+
+/// Hashes a blob of any size and puts it into the store, unless the store has the blob.
+///
+/// # Errors
+/// Errors of the store.
+pub async fn write_blob(
+    store: &dyn Blobs,
+    bytes: Bytes,
+    metadata: &BlobMetadata,
+    pin: &Pin,
+) -> Result<Digest, StoreError> {
     let (digest, size) = (Digest::of(&bytes), bytes.len() as u64);
-    let metadata = BlobMetadata { source: None, children };
-    match store.create(digest, size, pin).await {
-        Ok(mut writer) => {
-            let mut hasher = Hasher::default();
-            for chunk in bytes.chunks(1 << 20) {
-                hasher.update(chunk);
-                writer.append(&[bytes.slice_ref(chunk)]).await?;
-            }
-            let proof = hasher.verify(digest, size).map_err(|error| StoreError::Other(error.to_string()))?;
-            writer.commit(proof, &metadata).await?;
+    let mut hasher = Hasher::default();
+    hasher.update(&bytes);
+    let proof = hasher.verify(digest, size).map_err(|error| StoreError::Other(error.to_string()))?;
+    if size <= MAX_DOCUMENT_BYTES {
+        store.put(bytes, proof, metadata, pin).await?;
+        return Ok(digest);
+    }
+    match store.stage(digest, size, pin).await {
+        Ok(staged) => {
+            staged.write_at(0, &[bytes]).await?;
+            staged.commit(proof, metadata).await?;
         }
-        Err(StoreError::AlreadyExists(_)) => store.add_metadata(digest, &metadata).await?,
+        Err(StoreError::AlreadyExists(_)) => store.add_metadata(digest, metadata).await?,
         Err(error) => return Err(error),
     }
-    Ok(Descriptor { media_type: media_type.into(), digest, size, platform: None, attestation: false })
+    Ok(digest)
 }
 
 /// A layer: a tar archive with one file of random bytes, which no compressor can shrink.

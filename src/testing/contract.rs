@@ -18,15 +18,14 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::pin::Pin as Pinned;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::oci::{BlobProof, Descriptor, Digest, Hasher, Repository};
-use crate::ports::{
-    BlobInfo, BlobMetadata, BlobWriter, Child, ChildKind, ContentStore, ImageRecord, Pin, StagedBlob, StoreError,
-};
+use crate::ports::{BlobInfo, BlobMetadata, Child, ChildKind, ContentStore, ImageRecord, Pin, StagedBlob, StoreError};
 
 /// A store under test, with further operations for the checks.
 #[async_trait]
@@ -42,10 +41,10 @@ pub trait StoreUnderTest: Send + Sync {
     async fn restart(&mut self, unfinished: UnfinishedWrite);
 }
 
-/// Writer that is open at a kill; the store under test drops the writer.
+/// Write that is unfinished at a kill; the store under test drops the write.
 pub enum UnfinishedWrite {
-    /// From the first byte to the last.
-    Written(Box<dyn BlobWriter>),
+    /// A call of `put` that was polled, or has ended.
+    Put(Pinned<Box<dyn Future<Output = Result<(), StoreError>> + Send>>),
     /// In pieces.
     Staged(Arc<dyn StagedBlob>),
 }
@@ -92,9 +91,10 @@ fn checks() -> impl IntoIterator<Item = (&'static str, Check)> {
         reading::an_absent_blob_is_none,
         reading::a_committed_blob_reads_back_at_any_offset,
         reading::the_list_contains_exactly_the_whole_blobs,
-        writing::a_dropped_writer_leaves_nothing,
+        writing::a_canceled_put_leaves_the_whole_blob_or_nothing,
         writing::a_proof_of_another_blob_is_rejected,
         writing::a_blob_of_another_length_is_rejected,
+        writing::a_document_over_the_limit_is_rejected,
         writing::a_blob_has_one_writer_at_a_time,
         writing::only_whole_blobs_survive_a_kill,
         writing::changes_are_counted,
@@ -150,6 +150,24 @@ fn ensure(condition: bool, violation: impl fmt::Display) -> CheckResult {
 /// Life of a check's own pins: longer than any check, however slow the machine.
 const HOUR: Duration = Duration::from_secs(3600);
 
+/// Polls the inner future this many times. `None` when that future was not ready by then.
+pub struct AbortAfter<F> {
+    /// The inner future.
+    pub inner: F,
+    /// Polls that are left.
+    pub polls: usize,
+}
+
+impl<F: Future + Unpin> Future for AbortAfter<F> {
+    type Output = Option<F::Output>;
+
+    fn poll(mut self: Pinned<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(left) = self.polls.checked_sub(1) else { return Poll::Ready(None) };
+        self.polls = left;
+        Pinned::new(&mut self.inner).poll(context).map(Some)
+    }
+}
+
 /// Content of one check, so that stores with a shared backend have no blob of another check.
 struct TestBlob {
     bytes: Bytes,
@@ -185,11 +203,9 @@ impl TestBlob {
         hasher.verify(self.digest, self.size()).map_err(|error| Violation(error.to_string()))
     }
 
-    /// Writes the blob in one batch.
+    /// Writes the blob as a document.
     async fn write(&self, store: &dyn ContentStore, pin: &Pin, children: &[(&TestBlob, ChildKind)]) -> CheckResult {
-        let mut writer = store.create(self.digest, self.size(), pin).await?;
-        writer.append(std::slice::from_ref(&self.bytes)).await?;
-        Ok(writer.commit(self.proof()?, &blob_metadata(children)).await?)
+        Ok(store.put(self.bytes.clone(), self.proof()?, &blob_metadata(children), pin).await?)
     }
 
     /// A record with the blob as target.

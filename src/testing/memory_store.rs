@@ -7,23 +7,24 @@ mod staged_blob;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
 
-use self::blob::{MemoryBlob, MemoryReader, MemoryWriter};
+use self::blob::{MemoryBlob, MemoryReader};
 use self::layer_leases::LayerLeaseLabels;
 use self::staged_blob::{MemoryStagedBlob, StagedBytes};
 use crate::decide::disk_floor::Disks;
-use crate::oci::{Descriptor, Digest};
+use crate::oci::{BlobProof, Descriptor, Digest};
 use crate::ports::{
-    BlobInfo, BlobMetadata, BlobReader, BlobWriter, ContentEvent, ContentStore, ImageRecord, Pin, Snapshots,
-    StagedBlob, StoreError,
+    BlobInfo, BlobMetadata, BlobReader, Blobs, ContentEvent, ImageRecord, ImageRecords, Pin, Pins, Snapshots,
+    StagedBlob, StoreDisks, StoreError, verify_document,
 };
 
 /// Stores blobs, records and pins in memory. Clones are handles of one store.
@@ -146,6 +147,16 @@ impl MemoryStore {
         Ok(state)
     }
 
+    /// Makes a verified blob visible.
+    fn commit(&self, digest: Digest, bytes: Bytes, metadata: &BlobMetadata) {
+        let size = bytes.len() as u64;
+        let mut blob = MemoryBlob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
+        blob.add_metadata(metadata);
+        self.state().blobs.insert(digest, blob);
+        self.record_change();
+        self.publish(ContentEvent::Committed { digest, size });
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
@@ -162,7 +173,7 @@ impl Default for MemoryStore {
 }
 
 #[async_trait]
-impl ContentStore for MemoryStore {
+impl Blobs for MemoryStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         Ok(self.state().blobs.get(&digest).map(|blob| blob.info(digest)))
     }
@@ -177,9 +188,17 @@ impl ContentStore for MemoryStore {
         Ok(Box::new(MemoryReader(blob.bytes.clone())))
     }
 
-    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        drop(self.begin(digest, pin)?);
-        Ok(Box::new(MemoryWriter::new(self.clone(), digest, size)))
+    async fn put(&self, bytes: Bytes, proof: BlobProof, metadata: &BlobMetadata, pin: &Pin) -> Result<(), StoreError> {
+        verify_document(&bytes, proof)?;
+        match self.begin(proof.digest(), pin).map(drop) {
+            Ok(()) => {
+                self.state().writing.remove(&proof.digest());
+                self.commit(proof.digest(), bytes, metadata);
+                Ok(())
+            }
+            Err(StoreError::AlreadyExists(digest)) => self.add_metadata(digest, metadata).await,
+            Err(error) => Err(error),
+        }
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
@@ -205,6 +224,13 @@ impl ContentStore for MemoryStore {
         Ok(())
     }
 
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+}
+
+#[async_trait]
+impl ImageRecords for MemoryStore {
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         let record =
             |(name, target): (&String, &Descriptor)| ImageRecord { name: name.clone(), target: target.clone() };
@@ -242,7 +268,10 @@ impl ContentStore for MemoryStore {
     async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
         Ok(self.snapshots_of(chain_id))
     }
+}
 
+#[async_trait]
+impl Pins for MemoryStore {
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         let mut state = self.state();
         state.pins_made += 1;
@@ -263,11 +292,10 @@ impl ContentStore for MemoryStore {
         self.record_change();
         Ok(())
     }
+}
 
-    fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.subscribe()
-    }
-
+#[async_trait]
+impl StoreDisks for MemoryStore {
     async fn disks(&self) -> Result<Disks, StoreError> {
         Ok(self.state().disks)
     }

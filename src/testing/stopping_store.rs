@@ -13,8 +13,8 @@ use tokio::sync::watch;
 use crate::decide::disk_floor::Disks;
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{
-    BlobInfo, BlobMetadata, BlobReader, BlobSink, BlobWriter, ContentStore, ImageRecord, Pin, Snapshots, StagedBlob,
-    StoreError,
+    BlobInfo, BlobMetadata, BlobReader, Blobs, ContentStore, ImageRecord, ImageRecords, Pin, Pins, Snapshots,
+    StagedBlob, StoreDisks, StoreError,
 };
 
 /// Step at which the user is killed. A step is a call that changes the store; the first has number
@@ -86,7 +86,7 @@ impl StoppingStore {
 }
 
 #[async_trait]
-impl ContentStore for StoppingStore {
+impl Blobs for StoppingStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         self.inner.blob(digest).await
     }
@@ -99,9 +99,8 @@ impl ContentStore for StoppingStore {
         self.inner.open(digest).await
     }
 
-    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        let writer = self.step(self.inner.create(digest, size, pin)).await?;
-        Ok(Box::new(StoppingWriter { inner: writer, store: self.clone() }))
+    async fn put(&self, bytes: Bytes, proof: BlobProof, metadata: &BlobMetadata, pin: &Pin) -> Result<(), StoreError> {
+        self.step(self.inner.put(bytes, proof, metadata, pin)).await
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
@@ -119,6 +118,13 @@ impl ContentStore for StoppingStore {
         self.step(self.inner.discard(digest, pin)).await
     }
 
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changes()
+    }
+}
+
+#[async_trait]
+impl ImageRecords for StoppingStore {
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.inner.images().await
     }
@@ -134,7 +140,10 @@ impl ContentStore for StoppingStore {
     async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
         self.inner.snapshots(chain_id).await
     }
+}
 
+#[async_trait]
+impl Pins for StoppingStore {
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         self.step(self.inner.pin(life)).await
     }
@@ -146,33 +155,12 @@ impl ContentStore for StoppingStore {
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.step(self.inner.release(pin)).await
     }
+}
 
-    fn changes(&self) -> watch::Receiver<u64> {
-        self.inner.changes()
-    }
-
+#[async_trait]
+impl StoreDisks for StoppingStore {
     async fn disks(&self) -> Result<Disks, StoreError> {
         self.inner.disks().await
-    }
-}
-
-struct StoppingWriter {
-    inner: Box<dyn BlobWriter>,
-    store: StoppingStore,
-}
-
-#[async_trait]
-impl BlobSink for StoppingWriter {
-    async fn append(&mut self, chunks: &[Bytes]) -> Result<(), StoreError> {
-        self.store.step(self.inner.append(chunks)).await
-    }
-}
-
-#[async_trait]
-impl BlobWriter for StoppingWriter {
-    async fn commit(self: Box<Self>, proof: BlobProof, metadata: &BlobMetadata) -> Result<(), StoreError> {
-        let Self { inner, store } = *self;
-        store.step(inner.commit(proof, metadata)).await
     }
 }
 

@@ -20,7 +20,7 @@ use crate::decide::policy::Policy;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{NodeName, Peer};
-use crate::ports::{Admission, ContentStore, PartialBlobs};
+use crate::ports::{Admission, Blobs, PartialBlobs};
 use crate::wire::Versions;
 
 /// Options that are fixed at start.
@@ -43,7 +43,7 @@ pub struct TransferDependencies {
     /// Decides which peers are admitted.
     pub admission: Arc<dyn Admission>,
     /// Holds the blobs that are served.
-    pub store: Arc<dyn ContentStore>,
+    pub store: Arc<dyn Blobs>,
     /// Holds the blobs that are being fetched; their verified pieces are served.
     pub partials: Arc<dyn PartialBlobs>,
     /// Counts bytes and failures.

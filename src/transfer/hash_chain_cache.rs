@@ -15,7 +15,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use crate::oci::{Digest, HashChain, HashChainBuilder, HashState, PieceLayout};
-use crate::ports::{BlobReader, ContentStore, StoreError};
+use crate::ports::{BlobReader, Blobs, StoreError};
 
 /// Slices that are hashed at a time: half the cores of a small node, for a second or two per
 /// gigabyte.
@@ -129,7 +129,7 @@ impl HashChainCache {
         &self,
         pending: &PendingHashChain,
         known: usize,
-        store: &dyn ContentStore,
+        store: &dyn Blobs,
     ) -> Result<StateBatch, StoreError> {
         let mut computed = pending.computed.subscribe();
         loop {
@@ -147,7 +147,7 @@ impl HashChainCache {
         &self,
         pending: &PendingHashChain,
         mut work: OwnedMutexGuard<HashingProgress>,
-        store: &dyn ContentStore,
+        store: &dyn Blobs,
     ) -> Result<(), StoreError> {
         let permit = self.hashing_permits.clone().acquire_owned().await;
         if work.builder.is_none() {
@@ -219,7 +219,7 @@ fn publish(pending: &PendingHashChain, change: impl FnOnce(&mut ComputedStates))
 
 impl HashingProgress {
     /// Reads the next slice, never an empty one.
-    async fn read(&mut self, digest: Digest, store: &dyn ContentStore) -> Result<bytes::Bytes, StoreError> {
+    async fn read(&mut self, digest: Digest, store: &dyn Blobs) -> Result<bytes::Bytes, StoreError> {
         let reader = match &mut self.reader {
             Some(reader) => reader,
             None => self.reader.insert(store.open(digest).await?),

@@ -37,14 +37,13 @@ use super::binding::TransferOptions;
 use super::peers::PeerAdmission;
 use super::tuning::Timeouts;
 use super::{Config, Transfer, TransferDependencies, tls, tuning};
-use crate::decide::disk_floor::Disks;
 use crate::decide::policy::Policy;
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{BlobProof, Digest, HashChain, PieceLayout};
 use crate::ports::{
-    Admission, AdmittedPeer, BlobSink, ContentStore, Dialer, FetchError, Fetcher, LEEWAY, NoPartialBlobs, PartialBlobs,
+    Admission, AdmittedPeer, BlobSink, Blobs, Dialer, FetchError, Fetcher, LEEWAY, NoPartialBlobs, PartialBlobs,
     PieceFetcher, Rejection, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};

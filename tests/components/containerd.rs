@@ -35,9 +35,10 @@ use ingests::{
     ingests_of_a_killed_agent_are_aborted_at_the_next_start, ingests_of_dropped_writers_are_aborted,
 };
 use lighterman::containerd::{Config, ContainerdStore};
-use lighterman::oci::{Descriptor, Digest, Hasher, Repository};
-use lighterman::ports::{BlobMetadata, Child, ChildKind, ContentStore, ImageRecord, Pin};
+use lighterman::oci::{Descriptor, Digest, Repository};
+use lighterman::ports::{BlobMetadata, Blobs, Child, ChildKind, ContentStore, ImageRecord, ImageRecords, Pin, Pins};
 use lighterman::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
+use lighterman::testing::image::write_blob;
 use protection::{
     a_pin_by_another_program_is_neither_marked_nor_ended,
     a_protected_image_is_pinned_for_the_kubelet_until_it_is_released,
@@ -177,14 +178,9 @@ pub(crate) fn content(seed: &str, size: usize) -> Bytes {
 }
 
 pub(crate) async fn write(store: &ContainerdStore, bytes: &Bytes, pin: &Pin, metadata: &BlobMetadata) -> Descriptor {
-    let (digest, size) = (Digest::of(bytes), bytes.len() as u64);
-    let mut hasher = Hasher::default();
-    hasher.update(bytes);
-    let mut writer = store.create(digest, size, pin).await.unwrap();
-    writer.append(std::slice::from_ref(bytes)).await.unwrap();
-    writer.commit(hasher.verify(digest, size).unwrap(), metadata).await.unwrap();
+    let digest = write_blob(store, bytes.clone(), metadata, pin).await.unwrap();
     let media_type = "application/vnd.oci.image.manifest.v1+json".into();
-    Descriptor { media_type, digest, size, platform: None, attestation: false }
+    Descriptor { media_type, digest, size: bytes.len() as u64, platform: None, attestation: false }
 }
 
 async fn read(store: &ContainerdStore, digest: Digest) -> Vec<u8> {

@@ -9,7 +9,7 @@ mod usage;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lighterman::ports::{BlobMetadata, ContentStore};
+use lighterman::ports::{BlobMetadata, Pins};
 use lighterman::testing::image::put_image;
 use tokio::runtime::Builder;
 use tokio::time::sleep;

@@ -11,7 +11,7 @@ use crate::control::ClockStatus;
 use crate::decide::clock_skew::{ClockChange, ClockSkew, LEEWAY};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::ports::{Cluster, NodeReport, NodeReportKind};
+use crate::ports::{NodeReport, NodeReportKind, Nodes};
 use crate::util::clock;
 
 /// Attempts for one Event, one at each comparison: an hour and a half or more.
@@ -20,7 +20,7 @@ const REPORT_TRIES: u32 = 20;
 /// Compares the clocks and reports a wrong one.
 pub struct ClockWatch {
     /// The API server.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn Nodes>,
     /// This node.
     pub node: NodeName,
     /// The last comparison; `None` before the first.

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::decide::shared_key::{KeyOwner, must_replace_key};
 use crate::identity::Identity;
 use crate::model::NodeName;
-use crate::ports::{Cluster, ClusterError, NodeReport, NodeReportKind};
+use crate::ports::{ClusterError, NodeReport, NodeReportKind, Nodes};
 
 /// Interval of checks, each of which reads the metadata of two Node objects. Introductions repeat a
 /// finding every few seconds.
@@ -20,7 +20,7 @@ const CHECK_PERIOD: Duration = Duration::from_secs(30);
 /// Handles another node with this node's key.
 pub struct SharedKeyWatch {
     /// Reads the creation times of nodes.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn Nodes>,
     /// This node.
     pub node: NodeName,
     /// The key's file.

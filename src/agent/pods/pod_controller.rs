@@ -37,7 +37,7 @@ use crate::decide::policy::{Policy, RecoveryOptions};
 use crate::metrics::Metrics;
 use crate::model::{PodEvent, RecoveredImage, ResolvedImage};
 use crate::oci::Reference;
-use crate::ports::{Cluster, PullConnections};
+use crate::ports::{Cluster, PodReader, PullConnections};
 use crate::util::clock::{now, sleep_until};
 
 /// Interval of [`Input::Tick`]: of the work that time alone starts, such as probes of registries,
@@ -77,7 +77,7 @@ pub struct PodController {
     pods: Pods,
     recoverer: Arc<Recoverer>,
     tracker: RecoveryTracker,
-    cluster: Arc<dyn Cluster>,
+    cluster: Arc<dyn PodReader>,
     registries: RegistryHealth,
     connections: Option<Arc<dyn PullConnections>>,
     /// The error of the latest search for silent connections that the log has already.
@@ -123,7 +123,7 @@ impl PodController {
             metrics,
         } = parts;
         let pod_notifier =
-            PodNotifier::new(Arc::clone(&cluster), recoverer.resolver.inventory.clone(), metrics.clone());
+            PodNotifier::new(Arc::clone(&cluster) as _, recoverer.resolver.inventory.clone(), metrics.clone());
         let concurrency = policy.borrow().budgets.concurrent_recoveries;
         let has_connections = connections.is_some();
         let pods_options = PodsOptions { recovery: options, is_probing: registries.is_probing(), has_connections };

@@ -12,7 +12,7 @@ use crate::agent::recovery::recover_error::RecoverError;
 use crate::metrics::Metrics;
 use crate::model::{PeerId, PodRef, PodReport, PodReportKind, RecoveredImage};
 use crate::oci::{Digest, Reference};
-use crate::ports::{Cluster, ClusterError};
+use crate::ports::{ClusterError, PodWriter};
 
 /// Attempts for one nudge. A pod without a nudge starts later: the kubelet syncs by itself within a
 /// minute and a half.
@@ -36,7 +36,7 @@ const REPORT_PAUSE: Duration = Duration::from_secs(10);
 
 /// Nudges and deletes pods, and writes Events about them.
 pub struct PodNotifier {
-    cluster: Arc<dyn Cluster>,
+    cluster: Arc<dyn PodWriter>,
     inventory: PeerInventory,
     metrics: Metrics,
     /// Denials that the log has already. A missing right denies every pod alike.
@@ -46,7 +46,7 @@ pub struct PodNotifier {
 
 impl PodNotifier {
     /// Writes to the pods of `cluster`. The Events name the nodes of `inventory`.
-    pub fn new(cluster: Arc<dyn Cluster>, inventory: PeerInventory, metrics: Metrics) -> Self {
+    pub fn new(cluster: Arc<dyn PodWriter>, inventory: PeerInventory, metrics: Metrics) -> Self {
         Self {
             cluster,
             inventory,

@@ -24,9 +24,7 @@ use crate::decide::plan::order_providers;
 use crate::metrics::Metrics;
 use crate::model::{PeerId, Zone};
 use crate::oci::{BlobProof, Descriptor, Digest, Document, DocumentError, MAX_DOCUMENT_BYTES, Reference};
-use crate::ports::{
-    BlobMetadata, BlobSink, Child, ChildKind, ContentStore, FetchError, Fetcher, Pin, StagedBlob, StoreError,
-};
+use crate::ports::{BlobMetadata, BlobSink, Blobs, Child, ChildKind, FetchError, Fetcher, Pin, StagedBlob, StoreError};
 use crate::util::clock::{now, sleep_until};
 
 /// Most rounds over the providers of one document. Only busy peers and new peers get another round.
@@ -45,7 +43,7 @@ const MAX_BUSY_RETRIES: u32 = 2400;
 /// Fetches single blobs into the store of this node.
 pub struct BlobFetcher {
     own_peer: PeerId,
-    store: Arc<dyn ContentStore>,
+    store: Arc<dyn Blobs>,
     pub(in crate::agent) fetcher: Arc<dyn Fetcher>,
     pub(in crate::agent) inventory: PeerInventory,
     /// Downloads in flight, whose pieces peers may request.
@@ -79,7 +77,7 @@ impl BlobFetcher {
     /// zone.
     pub fn new(
         own_peer: PeerId,
-        store: Arc<dyn ContentStore>,
+        store: Arc<dyn Blobs>,
         fetcher: Arc<dyn Fetcher>,
         inventory: PeerInventory,
         downloads: Downloads,
@@ -105,9 +103,13 @@ impl BlobFetcher {
             return present(Some([(peer, blob.size)].into()));
         }
         let stage = || self.store.stage(blob.digest, blob.size, pin);
-        match self.open_for_writing(blob.digest, &metadata, stage).await? {
-            Some(staged) => Ok(PreparedBlob::Staged(staged)),
-            None => present(None),
+        match self.retry_while_busy(blob.digest, stage).await {
+            Ok(staged) => Ok(PreparedBlob::Staged(staged)),
+            Err(StoreError::AlreadyExists(digest)) => {
+                self.store.add_metadata(digest, &metadata).await.map_err(RecoverError::store("labeling a blob"))?;
+                present(None)
+            }
+            Err(error) => Err(RecoverError::store("opening a blob for writing")(error)),
         }
     }
 
@@ -222,24 +224,17 @@ impl BlobFetcher {
         Ok((sink.0.into(), proof))
     }
 
-    /// Opens an absent blob for writing. For a present blob the result is `None`: the blob is
-    /// pinned, and its metadata is added instead.
-    async fn open_for_writing<T, F: Future<Output = Result<T, StoreError>>>(
+    /// Writes or stages a blob when no other writer has the blob.
+    async fn retry_while_busy<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
         digest: Digest,
-        metadata: &BlobMetadata,
-        open: impl Fn() -> F,
-    ) -> Result<Option<T>, RecoverError> {
+        attempt: impl Fn() -> F,
+    ) -> Result<T, StoreError> {
         let mut retries = 0;
         let mut ended = self.downloads.ended();
         loop {
             ended.mark_unchanged();
-            match open().await {
-                Ok(opened) => return Ok(Some(opened)),
-                Err(StoreError::AlreadyExists(_)) => {
-                    self.store.add_metadata(digest, metadata).await.map_err(RecoverError::store("labeling a blob"))?;
-                    return Ok(None);
-                }
+            match attempt().await {
                 // Another recovery of this node writes the same blob, and this recovery uses the
                 // result.
                 Err(StoreError::Busy(_)) if retries < MAX_BUSY_RETRIES => {
@@ -247,7 +242,7 @@ impl BlobFetcher {
                     self.downloads.mark_awaited(digest);
                     let _ = tokio::time::timeout(BUSY_RETRY_DELAY, ended.changed()).await;
                 }
-                Err(error) => return Err(RecoverError::store("opening a blob for writing")(error)),
+                settled => return settled,
             }
         }
     }

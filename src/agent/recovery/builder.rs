@@ -16,7 +16,7 @@ use crate::decide::policy::{Policy, ResolveOptions};
 use crate::metrics::Metrics;
 use crate::model::{NodeName, PeerId, Zone};
 use crate::oci::Platform;
-use crate::ports::{Claims, Cluster, ContentStore, Fetcher, ImportPermission, Registry, Unpacker};
+use crate::ports::{Claims, ContentStore, Fetcher, ImportPermission, PodReader, Registry, Unpacker};
 
 /// The parts and ports that recoveries use.
 pub struct RecoveryDependencies {
@@ -39,7 +39,7 @@ pub struct RecoveryDependencies {
     /// Resolves tags where the options say so.
     pub registry: Arc<dyn Registry>,
     /// Reads pull secrets.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn PodReader>,
     /// Kubernetes Leases.
     pub claims: Arc<dyn Claims>,
     /// Budgets and opt-in, as of now.
@@ -80,9 +80,17 @@ impl RecoveryDependencies {
             platform: platform.clone(),
             options: resolve,
         };
-        let layer_unpacker = unpacker.map(|unpacker| LayerUnpacker::new(unpacker, Arc::clone(&store), metrics.clone()));
-        let blob_fetcher =
-            BlobFetcher::new(peer, Arc::clone(&store), fetcher, inventory.clone(), downloads, zone, metrics.clone());
+        let layer_unpacker =
+            unpacker.map(|unpacker| LayerUnpacker::new(unpacker, Arc::clone(&store) as _, metrics.clone()));
+        let blob_fetcher = BlobFetcher::new(
+            peer,
+            Arc::clone(&store) as _,
+            fetcher,
+            inventory.clone(),
+            downloads,
+            zone,
+            metrics.clone(),
+        );
         let claims = ClaimCoordinator::new(claims, inventory, metrics, node, peer);
         Recoverer {
             store,

@@ -12,7 +12,7 @@ use crate::decide::disk_reservations::{MeasurementStart, Reservation, Reservatio
 use crate::decide::layer_stack::{TRAILER, unpacked_bytes};
 use crate::decide::policy::Policy;
 use crate::oci::Descriptor;
-use crate::ports::{ContentStore, StoreError};
+use crate::ports::{ContentStore, StoreDisks, StoreError};
 
 /// The part of a recovery's reservation that its layers are unpacked into.
 #[derive(Clone, Copy)]
@@ -85,7 +85,7 @@ impl LayerReservation<'_> {
 }
 
 pub(in crate::agent::recovery) async fn measure(
-    store: &dyn ContentStore,
+    store: &dyn StoreDisks,
     reservations: &Reservations,
 ) -> Result<(MeasurementStart, Disks), StoreError> {
     let measurement = reservations.begin_measurement();

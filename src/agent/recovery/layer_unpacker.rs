@@ -19,7 +19,7 @@ use crate::decide::disk_floor::OverLimit;
 use crate::decide::layer_stack::{LayerStack, NextLayer};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Manifest, Reference, RootFs, RootFsError};
-use crate::ports::{ContentStore, Pin, StoreError, UnpackError, UnpackOutcome, Unpacker};
+use crate::ports::{Blobs, Pin, StoreError, UnpackError, UnpackOutcome, Unpacker};
 
 /// Layers that are unpacked at a time on this node, one of each image. Each unpacking takes a core
 /// to decompress, and all write to one disk. With two, one decompresses while the other waits for
@@ -34,7 +34,7 @@ const UNPACK_TIMEOUT: Duration = Duration::from_secs(600);
 /// Unpacks layers on this node.
 pub struct LayerUnpacker {
     unpacker: Arc<dyn Unpacker>,
-    store: Arc<dyn ContentStore>,
+    store: Arc<dyn Blobs>,
     metrics: Metrics,
     permits: Semaphore,
 }
@@ -78,7 +78,7 @@ enum UnpackingError {
 
 impl LayerUnpacker {
     /// Unpacks blobs of `store` through `unpacker`.
-    pub fn new(unpacker: Arc<dyn Unpacker>, store: Arc<dyn ContentStore>, metrics: Metrics) -> Self {
+    pub fn new(unpacker: Arc<dyn Unpacker>, store: Arc<dyn Blobs>, metrics: Metrics) -> Self {
         Self { unpacker, store, metrics, permits: Semaphore::new(MAX_UNPACKING) }
     }
 

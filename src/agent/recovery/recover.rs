@@ -103,7 +103,7 @@ impl Recoverer {
         let resolved = stop.run_until_cancelled(self.find(request)).await.unwrap_or(Err(RecoverError::Abandoned));
         let ResolvedImage { digest, providers, tag_note } = resolved?;
         progress.set_resolved(digest, providers.len());
-        let recovery_pin = RecoveryPin::new(Arc::clone(&self.store)).await?;
+        let recovery_pin = RecoveryPin::new(Arc::clone(&self.store) as _).await?;
         let reference = &request.reference;
         let work = async {
             let image = self.fetch_image(request, digest, &providers, &recovery_pin, progress);

@@ -13,7 +13,7 @@ use crate::decide::policy::ResolveOptions;
 use crate::decide::tag::{TagChoice, newest};
 use crate::model::PeerId;
 use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Platform, Reference, Repository};
-use crate::ports::{Cluster, PullSecret, Registry};
+use crate::ports::{PodReader, PullSecret, Registry};
 
 /// Longest wait for a registry's answer, with the reads of the pull secrets. The recovery waits
 /// too, and the peers' digests are the alternative.
@@ -50,7 +50,7 @@ pub struct ReferenceResolver {
     /// Registries of the images.
     pub registry: Arc<dyn Registry>,
     /// Reads pull secrets.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn PodReader>,
     /// Platform of this node.
     pub platform: Platform,
     /// Sources and limits of the resolution.

@@ -11,7 +11,7 @@ use crate::control::{ImagesStatus, RetentionStatus};
 use crate::decide::layer_notice::{LayerCounts, LayerNotice, LayerReport, event_text};
 use crate::metrics::Metrics;
 use crate::model::NodeName;
-use crate::ports::{Cluster, NodeReport, NodeReportKind};
+use crate::ports::{NodeReport, NodeReportKind, Nodes};
 use crate::util::clock;
 
 /// Attempts for one Event, [`RETRY_DELAY`] apart: an hour, after which the API server would have
@@ -26,7 +26,7 @@ pub struct LayerWatch {
     /// The node of this agent.
     pub node: NodeName,
     /// Writes the Event.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn Nodes>,
     /// Counts of the wanted images, which should have all layers.
     pub retained: watch::Receiver<Option<RetentionStatus>>,
     /// The reasons why images are incomplete.

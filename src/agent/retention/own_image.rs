@@ -22,7 +22,7 @@ use crate::decide::own_image::{
 use crate::metrics::Metrics;
 use crate::model::{RecoveredImage, RecoveryOutcome};
 use crate::oci::{Document, Reference};
-use crate::ports::{ContentStore, ImportPermission, OwnDaemonSet, ProtectedImages, StoreError};
+use crate::ports::{ImageRecords, ImportPermission, OwnDaemonSet, ProtectedImages, StoreError};
 
 /// Mean delay of the first read, and interval until the watch has shown the agent's own pod.
 const FIRST_READ: Duration = Duration::from_secs(5);
@@ -306,7 +306,7 @@ async fn fetch(
 
 /// References of this node's images. containerd 1.7 also records other answers of a registry, which
 /// are not images.
-async fn recorded_references(store: &dyn ContentStore) -> Result<BTreeSet<Reference>, StoreError> {
+async fn recorded_references(store: &dyn ImageRecords) -> Result<BTreeSet<Reference>, StoreError> {
     let records = store.images().await?.into_iter();
     let images = records.filter(|record| Document::is_document_type(&record.target.media_type));
     Ok(images.filter_map(|record| record.name.parse().ok()).collect())

@@ -10,6 +10,7 @@ use super::*;
 use crate::agent::recovery::progress::Progress;
 use crate::decide::image_completeness::{DocumentNeeds, missing_content};
 use crate::oci::Document;
+use crate::ports::{Blobs, ImageRecords};
 use crate::testing::image::{Recipe, make_image};
 use crate::testing::{KillPoint, StoppingStore};
 
@@ -86,7 +87,7 @@ async fn at_every_step(initial: InitialContent, check: impl AsyncFn(TestNode, St
 
 #[tokio::test(start_paused = true)]
 async fn a_killed_recovery_leaves_only_whole_image_records_and_the_retry_completes() {
-    for (initial, min_steps) in [(InitialContent::Empty, 15), (InitialContent::Damaged, 10)] {
+    for (initial, min_steps) in [(InitialContent::Empty, 11), (InitialContent::Damaged, 6)] {
         let steps = at_every_step(initial, async |node, when| {
             assert_records_are_whole(&node.store, &when).await;
             node.store.collect();

@@ -18,7 +18,7 @@ use crate::decide::disk_floor::OverLimit;
 use crate::decide::disk_floor::{Disks, FileSystem};
 use crate::model::RecoveredImage;
 use crate::oci::StackedLayer;
-use crate::ports::{Pin, UnpackError, UnpackOutcome, Unpacker};
+use crate::ports::{Blobs, ImageRecords, Pin, Pins, UnpackError, UnpackOutcome, Unpacker};
 
 #[derive(Clone, Copy, PartialEq)]
 enum UnpackBehaviour {
@@ -239,7 +239,7 @@ async fn a_recovery_of_more_than_an_hour_keeps_its_content_and_the_time_to_unpac
     // Another recovery writes a layer over a slow link.
     let (store, layer) = (Arc::clone(&node.store), image.layers[2].blob.clone());
     let pin = store.pin(Duration::from_secs(86_400)).await.unwrap();
-    let other = store.create(layer.digest, layer.size, &pin).await.unwrap();
+    let other = store.stage(layer.digest, layer.size, &pin).await.unwrap();
     let other_recovery = async {
         tokio::time::sleep(Duration::from_secs(3550)).await;
         drop(other);

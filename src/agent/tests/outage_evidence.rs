@@ -6,7 +6,7 @@ use super::pod_controller::{REFUSED, RunningController, failing_pod, reports};
 use super::pod_needs::{pending_pod, waiting};
 use super::*;
 use crate::model::{KubeletEvent, PodReportKind};
-use crate::ports::RegistryError;
+use crate::ports::{ImageRecords, RegistryError};
 
 /// Messages of the kubelet that are no evidence of an outage: faults of the node, and wrong bytes
 /// from a registry.

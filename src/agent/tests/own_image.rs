@@ -13,7 +13,7 @@ use crate::agent::retention::own_image::{OwnImageController, OwnImagePorts};
 use crate::control::OwnImageStatus;
 use crate::decide::own_image::{OwnImages, Protection};
 use crate::model::OutageKind;
-use crate::ports::{ClusterError, OwnDaemonSet, ProtectedImages, RegistryError};
+use crate::ports::{ClusterError, ImageRecords, OwnDaemonSet, ProtectedImages, RegistryError};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const CURRENT: &str = "r.test/shop/checkout:v0";

@@ -8,7 +8,7 @@ use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::model::RecoveredImage;
 use crate::oci::Descriptor;
-use crate::ports::{ChildKind, FetchError};
+use crate::ports::{Blobs, ChildKind, FetchError, ImageRecords, Pins};
 use crate::testing::image::put_document;
 
 fn request(name: &str) -> RecoveryRequest {
@@ -282,10 +282,10 @@ async fn a_blob_with_an_open_writer_is_waited_for() {
     let image = node.add_provider(1, IMAGE, Behaviour::Honest).await;
     let layer = &image.blobs[1];
     let pin = node.store.pin(std::time::Duration::from_secs(600)).await.unwrap();
-    let writer = node.store.create(layer.digest, layer.size, &pin).await.unwrap();
+    let staged = node.store.stage(layer.digest, layer.size, &pin).await.unwrap();
     let (recovered, ()) = tokio::join!(recover(&node, IMAGE), async {
         tokio::time::sleep(std::time::Duration::from_secs(300)).await;
-        drop(writer);
+        drop(staged);
     });
     assert_eq!(recovered.unwrap().fetched, 5);
 }

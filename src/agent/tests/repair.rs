@@ -9,7 +9,7 @@ use crate::agent::recovery::recover_error::RecoverError;
 use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::model::{PodReportKind, RecoveredImage, WaitingState};
 use crate::oci::Repository;
-use crate::ports::{BlobMetadata, Unpacker as _};
+use crate::ports::{BlobMetadata, Blobs, Pins, Unpacker as _};
 use crate::testing::image::{Recipe, make_image, put_document};
 
 async fn recover(node: &TestNode) -> Result<RecoveredImage, RecoverError> {

@@ -14,7 +14,7 @@ use crate::decide::fill::FetchFrom;
 use crate::decide::outage::RegistryOutages;
 use crate::decide::retain::RetainLayers;
 use crate::model::{Outage, OutageKind};
-use crate::ports::{PullSecret, RegistryError};
+use crate::ports::{Blobs, ImageRecords, PullSecret, RegistryError};
 
 const LAYERS: [u64; 3] = [3000, 200, 10];
 

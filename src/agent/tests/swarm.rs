@@ -11,7 +11,7 @@ use crate::agent::recovery::reference_resolver::RecoveryRequest;
 use crate::decide::claim::{ZoneLeader, zone_claim};
 use crate::model::RecoveredImage;
 use crate::oci::{MIN_PIECE_SIZE, PieceLayout};
-use crate::ports::{FetchError, PartialBlobs};
+use crate::ports::{Blobs, FetchError, PartialBlobs, Pins};
 
 /// A layer of 13 pieces, the last one shorter, and a layer of one piece.
 const LAYERS: [u64; 2] = [12 * MIN_PIECE_SIZE + 1000, 5000];

@@ -18,7 +18,7 @@ use crate::decide::transport_choice::MAX_BLOB;
 use crate::identity::Identity;
 use crate::mesh::{self, Mesh, SharedInventory};
 use crate::model::Credential;
-use crate::ports::{FetchError, MeshCommands, NoPartialBlobs};
+use crate::ports::{Blobs, FetchError, ImageRecords, MeshCommands, NoPartialBlobs};
 use crate::transfer::{self, Transfer, TransferDependencies};
 
 const LONG: Duration = Duration::from_secs(120);

@@ -16,7 +16,7 @@ use crate::control::{Config, ControlServer};
 use crate::control::{Status, StatusSource};
 use crate::metrics::Metrics;
 use crate::model::{InventoryItem, MeshEvent, NodeName, Peer, PeerId};
-use crate::ports::ContentStore;
+use crate::ports::{Blobs, ImageRecords};
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{Behaviour, MemoryFetcher, MemoryStore};
 

@@ -23,30 +23,18 @@ pub(super) async fn a_committed_blob_reads_back_at_any_offset(subject: &mut dyn 
         (63, "one less than a SHA-256 block"),
         (64, "a SHA-256 block"),
         (65, "one more"),
-        ((256 << 10) - 1, "one less than a write batch"),
-        (256 << 10, "exactly a batch"),
-        ((256 << 10) + 1, "one more"),
+        ((1 << 20) - 1, "one less than containerd's message"),
+        (1 << 20, "exactly a message"),
+        ((1 << 20) + 1, "one more"),
         (3 << 20, "several messages of any store that sends messages"),
     ] {
         let explain = |Violation(failure)| Violation(format!("{size} bytes ({reason}): {failure}"));
         let blob = TestBlob::of("reads back", size);
-        write_in_batches(store.as_ref(), &blob, &pin).await.map_err(explain)?;
+        blob.write(store.as_ref(), &pin, &[]).await.map_err(explain)?;
         blob.check_content(store.as_ref()).await.map_err(explain)?;
         check_reads_at_any_offset(store.as_ref(), &blob).await.map_err(explain)?;
     }
     Ok(())
-}
-
-/// Writes like a fetch: batches of chunks of any length, some of them empty.
-async fn write_in_batches(store: &dyn ContentStore, blob: &TestBlob, pin: &Pin) -> CheckResult {
-    let mut writer = store.create(blob.digest, blob.size(), pin).await?;
-    writer.append(&[]).await?;
-    for batch in blob.bytes.chunks(300_000) {
-        let mut chunks: Vec<_> = batch.chunks(70_001).map(|chunk| blob.bytes.slice_ref(chunk)).collect();
-        chunks.push(Bytes::new());
-        writer.append(&chunks).await?;
-    }
-    Ok(writer.commit(blob.proof()?, &BlobMetadata::default()).await?)
 }
 
 /// Reads forwards, backwards, across the end and beyond.
@@ -73,8 +61,8 @@ pub(super) async fn the_list_contains_exactly_the_whole_blobs(subject: &mut dyn 
         (TestBlob::of("listed one", 100), TestBlob::of("listed two", 2000), TestBlob::of("half written", 600_000));
     one.write(store.as_ref(), &pin, &[]).await?;
     two.write(store.as_ref(), &pin, &[]).await?;
-    let mut unfinished = store.create(half.digest, half.size(), &pin).await?;
-    unfinished.append(&[half.bytes.slice(..300_000)]).await?;
+    let unfinished = store.stage(half.digest, half.size(), &pin).await?;
+    unfinished.write_at(0, &[half.bytes.slice(..300_000)]).await?;
 
     let mut blobs = store.blobs().await?;
     blobs.sort_by_key(|blob| blob.size);

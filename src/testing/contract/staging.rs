@@ -184,8 +184,8 @@ pub(super) async fn a_blob_is_staged_once_and_only_while_absent(subject: &mut dy
     let staged = store.stage(blob.digest, blob.size(), &pin).await?;
     let second = store.stage(blob.digest, blob.size(), &pin).await.map(|_| ());
     ensure(matches!(second, Err(StoreError::Busy(_))), format!("staged twice: {second:?}"))?;
-    let writer = store.create(blob.digest, blob.size(), &pin).await.map(|_| ());
-    ensure(matches!(writer, Err(StoreError::Busy(_))), format!("a writer beside the staged blob: {writer:?}"))?;
+    let put = store.put(blob.bytes.clone(), blob.proof()?, &BlobMetadata::default(), &pin).await;
+    ensure(matches!(put, Err(StoreError::Busy(_))), format!("a document beside the staged blob: {put:?}"))?;
     write_backwards(&*staged, &blob).await?;
     staged.commit(blob.proof()?, &BlobMetadata::default()).await?;
     drop(staged);

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use super::*;
 use crate::decide::disk_floor::Disks;
-use crate::ports::{BlobReader, Snapshots};
+use crate::ports::{BlobReader, Blobs, ImageRecords, Pins, Snapshots, StoreDisks, verify_document};
 use crate::testing::MemoryStore;
 
 /// Forwards every call except for one defect.
@@ -35,7 +35,11 @@ enum Defect {
     Counting,
     /// Sources and children are not listed.
     Showing,
-    /// A discarded blob stays, and `create` still fails with [`StoreError::AlreadyExists`].
+    /// A `put` succeeds with any proof.
+    Documents,
+    /// A `put` of an existing blob loses the metadata.
+    Rewriting,
+    /// A discarded blob stays.
     Discarding,
     /// The children of a discarded blob are not pinned.
     Orphans,
@@ -65,7 +69,7 @@ impl UnsoundStore {
 }
 
 #[async_trait]
-impl ContentStore for UnsoundStore {
+impl Blobs for UnsoundStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         let early = self.defect == Defect::Hiding && self.staged.lock().contains(&digest);
         let early = early.then_some(BlobInfo { digest, size: 0, sources: Vec::new(), has_children: false });
@@ -80,11 +84,14 @@ impl ContentStore for UnsoundStore {
         self.inner.open(digest).await
     }
 
-    async fn create(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
-        if self.defect == Defect::Pinning && self.inner.blob(digest).await?.is_some() {
-            return Err(StoreError::AlreadyExists(digest));
+    async fn put(&self, bytes: Bytes, proof: BlobProof, metadata: &BlobMetadata, pin: &Pin) -> Result<(), StoreError> {
+        let exists = self.inner.blob(proof.digest()).await?.is_some();
+        match self.defect {
+            Defect::Pinning if exists => self.add_metadata(proof.digest(), metadata).await,
+            Defect::Rewriting if exists => self.inner.put(bytes, proof, &BlobMetadata::default(), pin).await,
+            Defect::Documents if verify_document(&bytes, proof).is_err() => Ok(()),
+            _ => self.inner.put(bytes, proof, metadata, pin).await,
         }
-        self.inner.create(digest, size, pin).await
     }
 
     async fn stage(&self, digest: Digest, size: u64, pin: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
@@ -111,6 +118,13 @@ impl ContentStore for UnsoundStore {
         }
     }
 
+    fn changes(&self) -> watch::Receiver<u64> {
+        if self.defect == Defect::Counting { watch::channel(0).1 } else { self.inner.changes() }
+    }
+}
+
+#[async_trait]
+impl ImageRecords for UnsoundStore {
     async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
         self.inner.images().await
     }
@@ -135,7 +149,10 @@ impl ContentStore for UnsoundStore {
     async fn snapshots(&self, chain_id: Digest) -> Result<Snapshots, StoreError> {
         self.inner.snapshots(chain_id).await
     }
+}
 
+#[async_trait]
+impl Pins for UnsoundStore {
     async fn pin(&self, life: Duration) -> Result<Pin, StoreError> {
         self.inner.pin(life).await
     }
@@ -150,11 +167,10 @@ impl ContentStore for UnsoundStore {
     async fn release(&self, pin: Pin) -> Result<(), StoreError> {
         self.inner.release(pin).await
     }
+}
 
-    fn changes(&self) -> watch::Receiver<u64> {
-        if self.defect == Defect::Counting { watch::channel(0).1 } else { self.inner.changes() }
-    }
-
+#[async_trait]
+impl StoreDisks for UnsoundStore {
     async fn disks(&self) -> Result<Disks, StoreError> {
         self.inner.disks().await
     }
@@ -221,6 +237,15 @@ async fn the_contract_detects_every_defect() {
             Defect::Pinning,
             &["a_pin_protects_blobs_that_existed_before: ", "a_blob_is_staged_once_and_only_while_absent: "],
         ),
+        (
+            Defect::Documents,
+            &[
+                "a_proof_of_another_blob_is_rejected: ",
+                "a_blob_of_another_length_is_rejected: ",
+                "a_document_over_the_limit_is_rejected: ",
+            ],
+        ),
+        (Defect::Rewriting, &["metadata_of_a_written_blob_is_listed: "]),
         (Defect::Targets, &["a_record_needs_its_target: "]),
         (Defect::Removing, &["a_record_is_removed_only_with_the_right_target: "]),
         (
@@ -236,7 +261,11 @@ async fn the_contract_detects_every_defect() {
         (Defect::Orphans, &["a_discarded_blob_can_be_written_again: "]),
         (
             Defect::Hiding,
-            &["a_staged_blob_is_invisible_before_the_commit: ", "a_pin_protects_blobs_staged_under_the_pin: "],
+            &[
+                "the_list_contains_exactly_the_whole_blobs: ",
+                "a_staged_blob_is_invisible_before_the_commit: ",
+                "a_pin_protects_blobs_staged_under_the_pin: ",
+            ],
         ),
         (
             Defect::Proofs,

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::{MemoryStore, PinState};
 use crate::oci::Digest;
-use crate::ports::{ChildKind, ContentEvent, ContentStore, LayerLease, LayerLeases, Origin, Pin, StoreError};
+use crate::ports::{ChildKind, ContentEvent, LayerLease, LayerLeases, Origin, Pin, Pins, StoreError};
 
 /// More than a test commits before the receiver reads.
 pub(super) const EVENTS_QUEUED: usize = 256;

@@ -1,6 +1,5 @@
 //! A staged blob in memory.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 
 use async_trait::async_trait;
@@ -8,7 +7,6 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::MemoryStore;
-use super::blob::MemoryBlob;
 use crate::oci::{BlobProof, Digest};
 use crate::ports::{BlobMetadata, StagedBlob, StoreError};
 
@@ -117,10 +115,7 @@ impl StagedBlob for MemoryStagedBlob {
         }
         let bytes = Bytes::from(staged.bytes.clone());
         *state = Err(bytes.clone());
-        let mut blob = MemoryBlob { bytes, sources: BTreeSet::new(), children: Vec::new(), top: None };
-        blob.add_metadata(metadata);
-        self.store.state().blobs.insert(self.digest, blob);
-        self.store.record_change();
+        self.store.commit(self.digest, bytes, metadata);
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::*;
-use crate::ports::{LayerLeases, Unpacker};
+use crate::ports::{ContentStore, LayerLeases, Unpacker};
 use crate::testing::contract::retaining::{LeasingStore, assert_layer_lease_contract};
 use crate::testing::contract::unpacking::{UnpackingStore, assert_unpacking_contract};
 use crate::testing::contract::{StoreUnderTest, UnfinishedWrite, assert_contract};
@@ -81,8 +81,8 @@ async fn bytes_that_differ_from_the_hashed_bytes_are_rejected() {
     let mut hasher = crate::oci::Hasher::default();
     hasher.update(b"cargo");
     let proof = hasher.verify(digest, 5).unwrap();
-    let mut writer = store.create(digest, 5, &pin).await.unwrap();
-    writer.append(&[Bytes::from_static(b"ogrAc")]).await.unwrap();
-    assert!(matches!(writer.commit(proof, &BlobMetadata::default()).await, Err(StoreError::Other(_))));
+    let staged = store.stage(digest, 5, &pin).await.unwrap();
+    staged.write_at(0, &[Bytes::from_static(b"ogrAc")]).await.unwrap();
+    assert!(matches!(staged.commit(proof, &BlobMetadata::default()).await, Err(StoreError::Other(_))));
     assert_eq!(store.blob(digest).await.unwrap(), None);
 }

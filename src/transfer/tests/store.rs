@@ -1,7 +1,7 @@
 //! The store of a test node.
 
 use super::*;
-use crate::ports::{BlobInfo, BlobMetadata, BlobReader, BlobWriter, ImageRecord, Pin, Snapshots, StagedBlob};
+use crate::ports::{BlobInfo, BlobMetadata, BlobReader, Pin, StagedBlob};
 
 /// A read-only store that can serve wrong bytes or fail.
 #[derive(Default)]
@@ -60,7 +60,7 @@ fn unused<T>() -> Result<T, StoreError> {
 }
 
 #[async_trait]
-impl ContentStore for TestStore {
+impl Blobs for TestStore {
     async fn blob(&self, digest: Digest) -> Result<Option<BlobInfo>, StoreError> {
         self.check_works()?;
         Ok(self.blobs.get(&digest).map(|blob| BlobInfo {
@@ -79,7 +79,7 @@ impl ContentStore for TestStore {
     async fn blobs(&self) -> Result<Vec<BlobInfo>, StoreError> {
         unused()
     }
-    async fn create(&self, _: Digest, _: u64, _: &Pin) -> Result<Box<dyn BlobWriter>, StoreError> {
+    async fn put(&self, _: Bytes, _: BlobProof, _: &BlobMetadata, _: &Pin) -> Result<(), StoreError> {
         unused()
     }
     async fn stage(&self, _: Digest, _: u64, _: &Pin) -> Result<Arc<dyn StagedBlob>, StoreError> {
@@ -91,31 +91,7 @@ impl ContentStore for TestStore {
     async fn discard(&self, _: Digest, _: &Pin) -> Result<(), StoreError> {
         unused()
     }
-    async fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
-        unused()
-    }
-    async fn put_image(&self, _: &ImageRecord) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn remove_image(&self, _: &str, _: Digest) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn snapshots(&self, _: Digest) -> Result<Snapshots, StoreError> {
-        unused()
-    }
-    async fn pin(&self, _: Duration) -> Result<Pin, StoreError> {
-        unused()
-    }
-    async fn renew(&self, _: &Pin, _: Duration) -> Result<(), StoreError> {
-        unused()
-    }
-    async fn release(&self, _: Pin) -> Result<(), StoreError> {
-        unused()
-    }
     fn changes(&self) -> watch::Receiver<u64> {
         watch::channel(0).1
-    }
-    async fn disks(&self) -> Result<Disks, StoreError> {
-        unused()
     }
 }

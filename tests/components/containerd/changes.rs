@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lighterman::ports::{BlobMetadata, ContentStore, ImageRecord};
+use lighterman::ports::{BlobMetadata, Blobs, ImageRecord, ImageRecords, Pins};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 

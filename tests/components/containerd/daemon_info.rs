@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use lighterman::containerd::{Config, ContainerdInfo, ContainerdStore, ImageVerifiers, IngestMode, Snapshotter};
-use lighterman::ports::{BlobMetadata, ContentStore};
+use lighterman::ports::{BlobMetadata, Pins};
 
 use super::daemon::Daemon;
 use super::{HOUR, content, write};

@@ -21,7 +21,7 @@ use lighterman::decide::fill::FetchFrom;
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::metrics::Metrics;
 use lighterman::oci::Digest;
-use lighterman::ports::{ContentStore, LayerLeases};
+use lighterman::ports::{Blobs, ImageRecords, LayerLeases, Pins};
 use lighterman::testing::MemoryStore;
 use lighterman::testing::contract::retaining::{LeasingStore, assert_layer_lease_contract};
 use lighterman::testing::image::{Compression, MadeImage, Recipe, make_image};

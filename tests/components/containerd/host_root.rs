@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lighterman::containerd::{Config, ContainerdStore, ImageVerifiers, IngestMode};
 use lighterman::files::below_root;
-use lighterman::ports::{BlobMetadata, ContentStore};
+use lighterman::ports::{BlobMetadata, Pins, StoreDisks};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::daemon::Daemon;

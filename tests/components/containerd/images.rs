@@ -1,6 +1,6 @@
 //! Recoveries of every kind of image that a registry may have, from a peer into a containerd.
 
-use lighterman::ports::{BlobMetadata, ContentStore, ImageRecord};
+use lighterman::ports::{BlobMetadata, Blobs, ImageRecord, ImageRecords, Pins};
 use lighterman::testing::image::{Compression, Recipe};
 
 use super::daemon::Daemon;

@@ -3,14 +3,14 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use lighterman::containerd::ContainerdStore;
 use lighterman::oci::Digest;
-use lighterman::ports::{BlobMetadata, BlobWriter, ContentStore, Pin, StoreError};
+use lighterman::ports::{BlobMetadata, Blobs, Pins, StoreError};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::daemon::Daemon;
+use super::staging::proof;
 use super::{HOUR, WAIT_DEADLINE, content, read, write};
 
 pub(super) async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(version: &str) {
@@ -18,15 +18,14 @@ pub(super) async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(v
     let store = daemon.store("killed");
     let pin = store.pin(HOUR).await.unwrap();
     let committed = write(&store, &content("kept", 3 << 20), &pin, &BlobMetadata::default()).await;
-    let bytes = content("interrupted", 12 << 20);
-    let digest = Digest::of(&bytes);
-    let mut writer = store.create(digest, bytes.len() as u64, &pin).await.unwrap();
-    writer.append(&[bytes.slice(..6 << 20)]).await.unwrap();
+    let bytes = content("interrupted", 4 << 20);
+    let (digest, metadata) = (Digest::of(&bytes), BlobMetadata::default());
+    let mut put = store.put(bytes.clone(), proof(&bytes), &metadata, &pin);
+    poll_until_ingest(&mut put, &daemon, "killed").await;
 
     daemon.kill();
-    let failed = timeout(WAIT_DEADLINE, append_until_it_fails(writer.as_mut(), &bytes)).await.unwrap();
-    assert!(matches!(failed, StoreError::Unavailable(_)), "{failed:?}");
-    drop(writer);
+    let failed = timeout(WAIT_DEADLINE, put).await.unwrap();
+    assert!(matches!(failed, Err(StoreError::Unavailable(_))), "{failed:?}");
     let absent = timeout(WAIT_DEADLINE, store.blob(committed.digest)).await.unwrap();
     let Err(StoreError::Unavailable(text)) = absent else { panic!("{absent:?}") };
     assert!(text.contains("containerd.sock"), "{text}");
@@ -39,14 +38,18 @@ pub(super) async fn a_containerd_killed_in_mid_write_keeps_nothing_of_the_blob(v
     assert_eq!(read(&store, rewritten.digest).await, bytes);
 }
 
-/// The connection accepts some messages before an append fails.
-async fn append_until_it_fails(writer: &mut dyn BlobWriter, bytes: &Bytes) -> StoreError {
-    for _ in 0..6 {
-        if let Err(error) = writer.append(&[bytes.slice(..1 << 20)]).await {
-            return error;
-        }
+/// Polls a write until containerd has an open ingest of the agent. While `ctr` runs, neither the
+/// write nor its connection makes progress.
+async fn poll_until_ingest(
+    write: impl Future<Output = Result<(), StoreError>> + Unpin,
+    daemon: &Daemon,
+    containerd_namespace: &str,
+) {
+    let mut write = write;
+    while !daemon.ctr(containerd_namespace, &["content", "active"]).contains("lighterman-") {
+        let ended = timeout(Duration::from_millis(1), &mut write).await;
+        assert!(ended.is_err(), "the write ended before ctr listed the ingest: {ended:?}");
     }
-    panic!("all six appends to a killed containerd succeeded");
 }
 
 /// Waits until containerd has no open ingest of the agent.
@@ -59,11 +62,12 @@ async fn wait_no_ingests(daemon: &Daemon, containerd_namespace: &str) {
     timeout(WAIT_DEADLINE, waiting).await.expect("the abandoned ingest is aborted");
 }
 
-async fn begin_ingest(store: &ContainerdStore, pin: &Pin) -> Box<dyn BlobWriter> {
-    let bytes = content("begun", 5 << 20);
-    let mut writer = store.create(Digest::of(&bytes), bytes.len() as u64, pin).await.unwrap();
-    writer.append(&[bytes.slice(..4 << 20)]).await.unwrap();
-    writer
+/// Starts a write, and drops the write when containerd has an open ingest.
+async fn abandon_ingest(store: &ContainerdStore, daemon: &Daemon, containerd_namespace: &str) {
+    let (bytes, metadata) = (content("begun", 4 << 20), BlobMetadata::default());
+    let pin = store.pin(HOUR).await.unwrap();
+    poll_until_ingest(store.put(bytes.clone(), proof(&bytes), &metadata, &pin), daemon, containerd_namespace).await;
+    assert_eq!(store.blob(Digest::of(&bytes)).await.unwrap(), None);
 }
 
 pub(super) async fn ingests_of_dropped_writers_are_aborted(version: &str) {
@@ -71,10 +75,7 @@ pub(super) async fn ingests_of_dropped_writers_are_aborted(version: &str) {
     let store = daemon.store("dropped");
     let stop = CancellationToken::new();
     let running = tokio::spawn(store.clone().run(stop.clone()));
-    let pin = store.pin(HOUR).await.unwrap();
-    let writer = begin_ingest(&store, &pin).await;
-    assert!(daemon.ctr("dropped", &["content", "active"]).contains("lighterman-"), "ctr lists the open ingest");
-    drop(writer);
+    abandon_ingest(&store, &daemon, "dropped").await;
     wait_no_ingests(&daemon, "dropped").await;
     stop.cancel();
     timeout(WAIT_DEADLINE, running).await.expect("the store's task ends after the stop").unwrap();
@@ -82,9 +83,7 @@ pub(super) async fn ingests_of_dropped_writers_are_aborted(version: &str) {
 
 pub(super) async fn ingests_of_a_killed_agent_are_aborted_at_the_next_start(version: &str) {
     let daemon = Daemon::start(version).await;
-    let killed = daemon.store("left");
-    let pin = killed.pin(HOUR).await.unwrap();
-    drop(begin_ingest(&killed, &pin).await);
+    abandon_ingest(&daemon.store("left"), &daemon, "left").await;
     assert!(daemon.ctr("left", &["content", "active"]).contains("lighterman-"), "ctr lists the open ingest");
 
     let stop = CancellationToken::new();
@@ -104,10 +103,9 @@ pub(super) async fn a_blob_of_another_namespace_is_written_again(version: &str) 
     assert_eq!(store.blob(blob.digest).await.unwrap(), None, "the blob is absent in this namespace");
     let pin = store.pin(HOUR).await.unwrap();
     // An abandoned ingest: containerd offered the other namespace's copy first, so the later abort
-    // leaves the file with its 3 MiB. The next write has to empty the file.
-    let mut writer = store.create(blob.digest, blob.size, &pin).await.unwrap();
-    writer.append(&[bytes.slice(..3 << 20)]).await.unwrap();
-    drop(writer);
+    // leaves the file with its bytes. The next write has to empty the file.
+    let metadata = BlobMetadata::default();
+    poll_until_ingest(store.put(bytes.clone(), proof(&bytes), &metadata, &pin), &daemon, "here").await;
     write(&store, &bytes, &pin, &BlobMetadata::default()).await;
     assert_eq!(read(&store, blob.digest).await, bytes);
 }

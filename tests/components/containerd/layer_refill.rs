@@ -10,7 +10,7 @@ use lighterman::decide::fill::{FetchFrom, RATE};
 use lighterman::decide::retain::{RetainBytes, RetainLayers, RetainOptions};
 use lighterman::metrics::Metrics;
 use lighterman::oci::Digest;
-use lighterman::ports::ContentStore;
+use lighterman::ports::{Blobs, ContentStore};
 use lighterman::registry::{Config, RegistryClient};
 use lighterman::testing::MemoryStore;
 use lighterman::testing::image::{Compression, MadeImage, Recipe, make_image};

@@ -7,7 +7,7 @@ use containerd_client::tonic::client::Grpc;
 use containerd_client::tonic::codegen::http::uri::PathAndQuery;
 use lighterman::containerd::ContainerdStore;
 use lighterman::oci::{Digest, Reference};
-use lighterman::ports::{ContentStore, ImageRecord, ProtectedImages};
+use lighterman::ports::{ImageRecord, ImageRecords, Pins, ProtectedImages};
 use tokio::time::timeout;
 use tonic_prost::ProstCodec;
 

@@ -6,7 +6,7 @@ use containerd_client::tonic::Request;
 use containerd_client::tonic::client::Grpc;
 use containerd_client::tonic::codegen::http::uri::PathAndQuery;
 use lighterman::oci::Digest;
-use lighterman::ports::{ContentStore, ImageRecord};
+use lighterman::ports::{ImageRecord, ImageRecords, Pins};
 use tonic_prost::ProstCodec;
 
 use super::daemon::Daemon;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use lighterman::containerd::{Config, ContainerdStore};
 use lighterman::oci::Digest;
-use lighterman::ports::ContentStore;
+use lighterman::ports::Blobs;
 use lighterman::testing::image::{MadeImage, Recipe};
 
 use super::daemon::Daemon;

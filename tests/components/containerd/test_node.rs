@@ -10,7 +10,7 @@ use lighterman::agent::recovery::recover_error::RecoverError;
 use lighterman::containerd::ContainerdStore;
 use lighterman::model::{InventoryChange, InventoryItem, MeshEvent, NodeName, Peer, PeerId, RecoveredImage};
 use lighterman::oci::{Descriptor, Digest, Reference};
-use lighterman::ports::ContentStore;
+use lighterman::ports::{Blobs, ContentStore, Pins};
 use lighterman::testing::image::{MadeImage, Recipe, make_image};
 use lighterman::testing::{Behaviour, MemoryFetcher, MemoryStore, policy_without_disk_limits};
 use tokio::sync::watch;

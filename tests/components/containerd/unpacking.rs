@@ -13,7 +13,7 @@ use lighterman::agent::recovery::recover::Recoverer;
 use lighterman::containerd::{ContainerdStore, Snapshotter};
 use lighterman::metrics::Metrics;
 use lighterman::oci::{Digest, Reference};
-use lighterman::ports::{ContentStore, Pin, UnpackOutcome, Unpacker};
+use lighterman::ports::{ContentStore, Pin, Pins, UnpackOutcome, Unpacker};
 use lighterman::testing::contract::unpacking::{UnpackingStore, assert_unpacking_contract};
 use lighterman::testing::contract::{StoreUnderTest, UnfinishedWrite};
 use lighterman::testing::image::{Compression, MadeImage, Recipe, make_image};

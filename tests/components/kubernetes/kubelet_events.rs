@@ -5,7 +5,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1::{Event, Pod};
 use kube::Api;
 use lighterman::model::{KubeletEvent, PodEvent, PodRef, PodReport, PodReportKind};
-use lighterman::ports::Cluster;
+use lighterman::ports::{PodReader, PodWriter};
 use serde_json::{Value, json};
 
 use super::apiserver::{KubeNamespace, create, with_deadline};

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use k8s_openapi::api::core::v1::Node;
 use kube::Api;
-use lighterman::ports::{Cluster, ClusterError};
+use lighterman::ports::{ClusterError, Nodes};
 use serde_json::json;
 
 use super::apiserver::{KubeNamespace, create, with_deadline};

@@ -8,7 +8,7 @@ use kube::{Api, Client};
 use lighterman::api_server::connect;
 use lighterman::cluster::KubeCluster;
 use lighterman::model::PodRef;
-use lighterman::ports::{Cluster, ClusterError};
+use lighterman::ports::{ClusterError, PodWriter};
 use serde_json::{Value, json};
 
 use super::apiserver::{KubeNamespace, SERVICE_ACCOUNT, create, with_deadline};

@@ -7,7 +7,7 @@ use kube::api::{Patch, PatchParams};
 use lighterman::api_server::connect;
 use lighterman::cluster::KubeCluster;
 use lighterman::model::{ContainerKind, ImageVolume, PodEvent, PodRef, PullPolicy};
-use lighterman::ports::{Cluster, ClusterError};
+use lighterman::ports::{ClusterError, PodReader, PodWriter};
 use serde_json::json;
 
 use super::apiserver::{KubeNamespace, create, requests, with_deadline};

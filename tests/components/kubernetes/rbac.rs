@@ -14,7 +14,7 @@ use lighterman::cluster::KubeCluster;
 use lighterman::metrics::Metrics;
 use lighterman::model::{Owner, PeerId, PodEvent, PodReport, PodReportKind};
 use lighterman::oci::Digest;
-use lighterman::ports::{Admission, Claims, Cluster, ClusterError, NodeReport, NodeReportKind};
+use lighterman::ports::{Admission, Claims, ClusterError, NodeReport, NodeReportKind, Nodes, PodReader, PodWriter};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 

@@ -4,7 +4,7 @@ use k8s_openapi::api::core::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
 use lighterman::model::{NodeName, PodReport, PodReportKind};
-use lighterman::ports::{Cluster, ClusterError, NodeReport, NodeReportKind};
+use lighterman::ports::{ClusterError, NodeReport, NodeReportKind, Nodes, PodWriter};
 
 use super::apiserver::{KubeNamespace, with_deadline};
 

@@ -15,9 +15,9 @@ use lighterman::decide::policy::Policy;
 use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::PeerId;
-use lighterman::oci::{Digest, Hasher};
-use lighterman::ports::{BlobMetadata, ContentStore, Dialer, NoPartialBlobs};
+use lighterman::ports::{BlobMetadata, Dialer, NoPartialBlobs, Pins};
 use lighterman::testing::MemoryStore;
+use lighterman::testing::image::write_blob;
 use lighterman::transfer::{Config, Transfer, TransferDependencies};
 use nix::sched::{CloneFlags, setns};
 use tokio::runtime::{Builder, Runtime};
@@ -181,12 +181,7 @@ async fn store_with(blobs: &[Bytes]) -> MemoryStore {
     let store = MemoryStore::new();
     let pin = store.pin(Duration::from_secs(3600)).await.unwrap();
     for blob in blobs {
-        let (digest, size) = (Digest::of(blob), blob.len() as u64);
-        let mut hasher = Hasher::default();
-        hasher.update(blob);
-        let mut writer = store.create(digest, size, &pin).await.unwrap();
-        writer.append(std::slice::from_ref(blob)).await.unwrap();
-        writer.commit(hasher.verify(digest, size).unwrap(), &BlobMetadata::default()).await.unwrap();
+        write_blob(&store, blob.clone(), &BlobMetadata::default(), &pin).await.unwrap();
     }
     store
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use lighterman::containerd::ContainerdStore;
 use lighterman::oci::Reference;
-use lighterman::ports::ContentStore;
+use lighterman::ports::{Blobs, ImageRecords};
 use lighterman::testing::image::put_image;
 use tempfile::TempDir;
 

@@ -9,7 +9,7 @@ use crate::agent::recovery::blob_fetcher::LocalBlob;
 use crate::decide::image_completeness::{DocumentNeeds, MissingContent, missing_content, missing_layers_cause};
 use crate::model::{InventoryItem, MAX_ITEMS};
 use crate::oci::{Digest, Document, MAX_INDEX_DEPTH, Reference, Repository, RootFs};
-use crate::ports::{BlobInfo, ContentStore, ImageRecord, Snapshots, StoreError};
+use crate::ports::{BlobInfo, Blobs, ContentStore, ImageRecord, Snapshots, StoreError};
 
 /// Digests kept of all documents together, 8 MiB: four for each item that may be announced. A layer
 /// of several images is one item. Images beyond the limit are not announced.
@@ -102,7 +102,7 @@ impl ImageScanner {
     /// Reads the root and the indexes and manifests below that are here, each once.
     async fn read_tree(
         &mut self,
-        store: &dyn ContentStore,
+        store: &dyn Blobs,
         image_digest: Digest,
         present: &HashSet<Digest>,
         damaged: &mut HashSet<Digest>,
@@ -123,7 +123,7 @@ impl ImageScanner {
 
     async fn read_document(
         &mut self,
-        store: &dyn ContentStore,
+        store: &dyn Blobs,
         digest: Digest,
         present: &HashSet<Digest>,
         damaged: &mut HashSet<Digest>,
@@ -207,7 +207,7 @@ fn named_images(blobs: &[BlobInfo], records: &[ImageRecord]) -> BTreeMap<Digest,
 }
 
 /// Only an unreachable store is an error: one bad sector must not stop all announcements.
-async fn read_needs(store: &dyn ContentStore, digest: Digest) -> Result<DocumentRead, StoreError> {
+async fn read_needs(store: &dyn Blobs, digest: Digest) -> Result<DocumentRead, StoreError> {
     match LocalBlob::read(store, digest).await {
         Ok(LocalBlob::Whole(bytes, _)) => {
             let document = Document::parse(&bytes);

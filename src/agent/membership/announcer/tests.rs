@@ -9,7 +9,7 @@ use crate::identity::Identity;
 use crate::mesh;
 use crate::model::OutageKind;
 use crate::oci::{Descriptor, Digest, Platform, Reference, Repository};
-use crate::ports::{BlobMetadata, ImageRecord, Unpacker as _};
+use crate::ports::{BlobMetadata, Blobs, ImageRecord, ImageRecords, Pins, Unpacker as _};
 use crate::testing::MemoryStore;
 use crate::testing::image::{MadeImage, Recipe, make_image, put_document};
 

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{is_address_for_peers, is_local_address};
 use crate::model::{Credential, Zone};
-use crate::ports::{Admission, Cluster, ClusterError, MeshCommands};
+use crate::ports::{Admission, ClusterError, MeshCommands, Nodes};
 use crate::util::backoff::Backoff;
 
 /// Interval of reads of the node's labels: zones rarely change, and a thousand nodes read.
@@ -34,7 +34,7 @@ pub struct Introducer {
     /// Source of the credential.
     pub admission: Arc<dyn Admission>,
     /// Source of the zone.
-    pub cluster: Arc<dyn Cluster>,
+    pub cluster: Arc<dyn Nodes>,
     /// The zone of the settings, which takes precedence.
     pub zone: Option<Zone>,
     /// Receives this agent's zone.

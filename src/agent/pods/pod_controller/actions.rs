@@ -8,7 +8,7 @@ use crate::decide::opt_in::OptInPolicy;
 use crate::decide::pods::{Action, Input, OptInSources};
 use crate::model::{PodRef, PodReport, PodView};
 use crate::oci::Reference;
-use crate::ports::{Cluster, ClusterError};
+use crate::ports::{ClusterError, PodReader};
 
 impl PodController {
     pub(super) fn execute(&mut self, action: Action) {
@@ -124,7 +124,11 @@ impl PodController {
     }
 }
 
-async fn read_opt_in(cluster: &dyn Cluster, policy: &OptInPolicy, pod: &PodView) -> Result<OptInSources, ClusterError> {
+async fn read_opt_in(
+    cluster: &dyn PodReader,
+    policy: &OptInPolicy,
+    pod: &PodView,
+) -> Result<OptInSources, ClusterError> {
     let namespace = cluster.namespace(&pod.pod.k8s_namespace).await?;
     let owners = match OptInSources::deciding_owner(policy, pod, &namespace) {
         Some(owner) => Some(cluster.owners(&pod.pod.k8s_namespace, owner).await?),

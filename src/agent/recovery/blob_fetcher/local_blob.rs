@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use super::{BlobFetcher, RecoverError};
 use crate::oci::{BlobProof, Descriptor, Digest, Hasher, MAX_DOCUMENT_BYTES};
-use crate::ports::{BlobMetadata, ContentStore, Pin, StoreError};
+use crate::ports::{BlobMetadata, Blobs, Pin, StoreError};
 
 /// A small blob in this node's store.
 pub(in crate::agent) enum LocalBlob {
@@ -28,7 +28,7 @@ impl LocalBlob {
     ///
     /// # Errors
     /// [`StoreError`]. An absent blob is no error.
-    pub(in crate::agent) async fn read(store: &dyn ContentStore, digest: Digest) -> Result<Self, StoreError> {
+    pub(in crate::agent) async fn read(store: &dyn Blobs, digest: Digest) -> Result<Self, StoreError> {
         let mut reader = match store.open(digest).await {
             Ok(reader) => reader,
             Err(StoreError::Absent(_)) => return Ok(Self::Absent),
@@ -86,11 +86,8 @@ impl BlobFetcher {
             sources = blob.map(|blob| blob.sources).unwrap_or_default();
             self.store.discard(digest, pin).await.map_err(store_error("discarding a damaged blob"))?;
         }
-        let create = || self.store.create(digest, proof.size(), pin);
-        if let Some(mut writer) = self.open_for_writing(digest, metadata, create).await? {
-            writer.append(&[bytes]).await.map_err(store_error("writing a blob"))?;
-            writer.commit(proof, metadata).await.map_err(store_error("committing a blob"))?;
-        }
+        let put = || self.store.put(bytes.clone(), proof, metadata, pin);
+        self.retry_while_busy(digest, put).await.map_err(store_error("writing a blob"))?;
         for source in sources {
             let source_metadata = BlobMetadata { source: Some(source), children: Vec::new() };
             self.store.add_metadata(digest, &source_metadata).await.map_err(store_error("labeling a blob"))?;

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::{RecoverError, Recoverer};
 use crate::decide::plan::{FetchPlan, plan};
 use crate::oci::{Descriptor, Digest, Hasher, MAX_DOCUMENT_BYTES, Manifest};
-use crate::ports::{ContentStore, Pin, StoreError};
+use crate::ports::{Blobs, Pin, StoreError};
 
 /// Bytes hashed between two yields, a millisecond of work.
 const HASH_CHUNK: usize = 1 << 20;
@@ -52,7 +52,7 @@ impl Recoverer {
 }
 
 /// Whether all bytes of a blob are here and hash to the digest.
-async fn is_whole(store: &dyn ContentStore, digest: Digest, size: u64) -> Result<bool, StoreError> {
+async fn is_whole(store: &dyn Blobs, digest: Digest, size: u64) -> Result<bool, StoreError> {
     let mut reader = match store.open(digest).await {
         Ok(reader) => reader,
         Err(StoreError::Absent(_)) => return Ok(false),

@@ -8,7 +8,7 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::agent::recovery::recover_error::RecoverError;
 use crate::decide::pin_term::PinTerm;
 use crate::oci::Reference;
-use crate::ports::{ContentStore, Pin};
+use crate::ports::{Pin, Pins};
 use crate::util::clock::{now, sleep_until};
 
 /// Life of the pin if this agent dies. An agent that starts again within the hour finds the content
@@ -19,13 +19,13 @@ pub(super) const PIN_LIFE: Duration = Duration::from_secs(3600);
 
 /// Pins the content of one recovery.
 pub(super) struct RecoveryPin {
-    store: Arc<dyn ContentStore>,
+    store: Arc<dyn Pins>,
     pin: Pin,
     term: Mutex<PinTerm>,
 }
 
 impl RecoveryPin {
-    pub(super) async fn new(store: Arc<dyn ContentStore>) -> Result<Self, RecoverError> {
+    pub(super) async fn new(store: Arc<dyn Pins>) -> Result<Self, RecoverError> {
         let now = now();
         let pin = store.pin(PIN_LIFE).await.map_err(RecoverError::store("pinning"))?;
         Ok(Self { store, pin, term: Mutex::new(PinTerm::new(PIN_LIFE, now)) })
@@ -81,9 +81,10 @@ impl RecoveryPin {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::{Digest, Hasher};
-    use crate::ports::BlobMetadata;
+    use crate::oci::Digest;
+    use crate::ports::{BlobMetadata, Blobs};
     use crate::testing::MemoryStore;
+    use crate::testing::image::write_blob;
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -91,12 +92,8 @@ mod tests {
     async fn blob_after(hours: u32) -> (Arc<MemoryStore>, RecoveryPin, Digest) {
         let store = Arc::new(MemoryStore::new());
         let recovery_pin = RecoveryPin::new(Arc::clone(&store) as _).await.unwrap();
-        let bytes = bytes::Bytes::from_static(b"blob");
-        let (digest, mut hasher) = (Digest::of(&bytes), Hasher::default());
-        hasher.update(&bytes);
-        let mut writer = store.create(digest, 4, recovery_pin.pin()).await.unwrap();
-        writer.append(&[bytes]).await.unwrap();
-        writer.commit(hasher.verify(digest, 4).unwrap(), &BlobMetadata::default()).await.unwrap();
+        let (bytes, metadata) = (bytes::Bytes::from_static(b"blob"), BlobMetadata::default());
+        let digest = write_blob(&*store, bytes, &metadata, recovery_pin.pin()).await.unwrap();
         let work = async {
             for _ in 0..hours * 60 {
                 tokio::time::sleep(HOUR / 60).await;

@@ -16,7 +16,7 @@ use crate::agent::recovery::downloads::blob_download::{BlobDownload, ReceivedPie
 use crate::decide::piece_picker::PiecePicker;
 use crate::model::PeerId;
 use crate::oci::{Descriptor, Digest, HashChain, HashChainBuilder, HashState, MIN_PIECE_SIZE, PieceLayout};
-use crate::ports::{ContentStore, PartialBlobs, PieceError, PieceSink};
+use crate::ports::{Blobs, PartialBlobs, PieceError, PieceSink, Pins};
 use crate::testing::MemoryStore;
 
 const PIECE: usize = MIN_PIECE_SIZE as usize;

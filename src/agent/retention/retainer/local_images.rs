@@ -9,7 +9,7 @@ use super::missing_layers::MissingLayers;
 use crate::agent::recovery::blob_fetcher::LocalBlob;
 use crate::decide::retain::{RetainCandidate, RetainFacts, RetainInterest};
 use crate::oci::{Digest, Document, MAX_DOCUMENT_BYTES, Reference};
-use crate::ports::{ContentStore, LayerLeases, Origin, StoreError};
+use crate::ports::{Blobs, ContentStore, LayerLeases, Origin, StoreError};
 
 /// Manifests and indexes that are kept: 6 MiB at 30 layers each. A node has a few hundred. Further
 /// images are not retained.
@@ -69,7 +69,7 @@ impl LocalImages {
     /// Records a newly committed blob. Returns `true` for an image's manifest.
     pub(super) async fn record_commit(
         &mut self,
-        store: &dyn ContentStore,
+        store: &dyn Blobs,
         digest: Digest,
         size: u64,
         now: SystemTime,
@@ -295,7 +295,7 @@ impl LocalImages {
         }
     }
 
-    async fn read_document(&mut self, store: &dyn ContentStore, digest: Digest) -> Result<(), StoreError> {
+    async fn read_document(&mut self, store: &dyn Blobs, digest: Digest) -> Result<(), StoreError> {
         if self.documents.contains_key(&digest) || self.documents.len() >= MAX_DOCUMENTS {
             return Ok(());
         }

@@ -14,7 +14,7 @@ use crate::decide::fill::SecretName;
 use crate::decide::policy::Policy;
 use crate::model::{NamespaceView, PodEvent, PodRef, PodView};
 use crate::oci::Reference;
-use crate::ports::{Cluster, ClusterError};
+use crate::ports::{ClusterError, PodReader};
 
 /// A namespace's opt-in is read again for a new pod after this time.
 const REFRESH_WITH_NEW_POD: Duration = Duration::from_secs(60);
@@ -41,7 +41,7 @@ pub struct UsedImages {
 
 /// Follows the pods of this node.
 pub struct PodImages {
-    cluster: Arc<dyn Cluster>,
+    cluster: Arc<dyn PodReader>,
     policy: watch::Receiver<Arc<Policy>>,
     used: watch::Sender<Arc<UsedImages>>,
     /// The images of the agent's own DaemonSet, which count as images of an opted-in namespace.
@@ -71,7 +71,7 @@ struct Namespace {
 impl PodImages {
     /// Builds the task. `used` receives the images.
     pub fn new(
-        cluster: Arc<dyn Cluster>,
+        cluster: Arc<dyn PodReader>,
         policy: watch::Receiver<Arc<Policy>>,
         used: watch::Sender<Arc<UsedImages>>,
     ) -> Self {

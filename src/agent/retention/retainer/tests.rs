@@ -9,7 +9,8 @@ use crate::decide::policy::Policy;
 use crate::decide::retain::{RetainBytes, RetainLayers};
 use crate::model::{ContainerKind, ContainerView, PodEvent, PodRef, PodView, PullPolicy};
 use crate::oci::{Descriptor, Reference};
-use crate::ports::{BlobMetadata, Child, ChildKind, ImageRecord};
+use crate::ports::{BlobMetadata, Blobs, Child, ChildKind, ImageRecord, ImageRecords, Pins};
+use crate::testing::image::write_blob;
 use crate::testing::image::{MadeImage, put_image};
 use crate::testing::{MemoryCluster, MemoryStore};
 
@@ -104,17 +105,7 @@ impl RetainTestNode {
     async fn copy(&self, from: &MemoryStore, blob: &Descriptor, pin: &Pin, metadata: BlobMetadata) {
         let mut reader = from.open(blob.digest).await.unwrap();
         let bytes = reader.read_at(0, 64 << 20).await.unwrap();
-        let mut hasher = crate::oci::Hasher::default();
-        hasher.update(&bytes);
-        let proof = hasher.verify(blob.digest, blob.size).unwrap();
-        match self.store.create(blob.digest, blob.size, pin).await {
-            Ok(mut writer) => {
-                writer.append(&[bytes]).await.unwrap();
-                writer.commit(proof, &metadata).await.unwrap();
-            }
-            Err(StoreError::AlreadyExists(_)) => {}
-            Err(error) => panic!("{error}"),
-        }
+        write_blob(&self.store, bytes, &metadata, pin).await.unwrap();
         // The paused clock advances only after the retainer has handled the event.
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
