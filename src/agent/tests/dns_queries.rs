@@ -7,6 +7,8 @@ use crate::ports::MeshCommands;
 
 /// An agent resolves often after its start. Ten minutes later the agent has converged.
 const CONVERGED: Duration = Duration::from_secs(600);
+/// The first look-up is due at once.
+const START: Duration = Duration::from_millis(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// The queries of a name: A and AAAA. A name without a final dot is also queried below each search
@@ -24,6 +26,8 @@ async fn queries_of_an_hour(listed: u8, up: u8) -> usize {
     let node = JoiningNode::new();
     node.resolver.set_answer(Some((0..listed).map(address).collect()));
     let running = node.start();
+    // Enough peers before the first look-up would postpone that look-up.
+    tokio::time::sleep(START).await;
     for number in 0..up {
         running.mesh.admit(seed(number), HOUR).await;
     }
