@@ -32,9 +32,8 @@ use self::peers::inventory_view::PeerInventory;
 use self::pods::PodsDependencies;
 use self::recovery::builder::RecoveryDependencies;
 use self::recovery::downloads::Downloads;
-use self::recovery::fallback_fetcher::FallbackFetcher;
+use self::recovery::peer_fetcher::PeerFetcher;
 use self::recovery::progress::RecoveryTracker;
-use self::recovery::suspecting_fetcher::SuspectingFetcher;
 use self::retention::{LayerDependencies, RetentionDependencies};
 use self::supervisor::Supervisor;
 use crate::config::Settings;
@@ -141,17 +140,18 @@ impl Agent {
         let network = network::build(&context, network).await?;
         let (transfer_address, admin) = (network.handle.transfer.local_addr(), network.handle.admin);
 
-        let quic = SuspectingFetcher {
-            transfer: network.handle.transfer.clone(),
-            mesh: network.handle.mesh.clone(),
-            udp: context.inventory.udp().clone(),
-        };
+        let fetcher = PeerFetcher::new(
+            network.handle.transfer.clone(),
+            network.handle.mesh.clone(),
+            context.inventory.udp().clone(),
+            context.metrics.clone(),
+        );
         let recovery = RecoveryDependencies {
             peer: context.peer,
             node: context.node.clone(),
             store: Arc::clone(&store),
             unpacker,
-            fetcher: Arc::new(FallbackFetcher::new(quic, context.metrics.clone())),
+            fetcher: Arc::new(fetcher),
             inventory: context.inventory.clone(),
             downloads: downloads.clone(),
             zone: zone_changes,

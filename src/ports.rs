@@ -33,8 +33,8 @@ pub use mesh::{MAX_STATUS_MEMBERS, MembershipEvent, MeshCommands, MeshSource};
 pub use notifier::{MAX_PODS, Notification, Notifier, NotifyError};
 pub use own_image::{OwnDaemonSet, ProtectedImages};
 pub use pieces::{
-    NoPartialBlobs, PartialBlob, PartialBlobs, PieceError, PieceFetcher, PieceMapUpdates, PieceSink, STAGED_BLOB_LIFE,
-    StagedBlob, StateSink,
+    NoPartialBlobs, PartialBlob, PartialBlobs, PieceError, PieceMapUpdates, PieceSink, STAGED_BLOB_LIFE, StagedBlob,
+    StateSink,
 };
 pub use registry::{Registry, RegistryError, RegistryFetchError};
 pub use unpacker::{UnpackError, UnpackOutcome, Unpacker};

@@ -15,7 +15,7 @@ use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::{PeerId, PieceRequest};
 use lighterman::oci::{HashChain, HashChainBuilder, Hasher, PieceHasher, PieceLayout, PieceVerifier};
-use lighterman::ports::{BlobMetadata, Dialer, NoPartialBlobs, PieceError, PieceFetcher, PieceSink, Pins, StoreError};
+use lighterman::ports::{BlobMetadata, Dialer, Fetcher, NoPartialBlobs, PieceError, PieceSink, Pins, StoreError};
 use lighterman::testing::MemoryStore;
 use lighterman::testing::image::write_blob;
 use lighterman::transfer::{Config, Transfer, TransferDependencies};

@@ -10,7 +10,7 @@ use super::context::AgentContext;
 use super::operator::status::MeshView;
 use super::part::{Part, Tasks};
 use super::recovery::downloads::Downloads;
-use super::recovery::fallback_fetcher::MeshRangeServer;
+use super::recovery::mesh_range_fetcher::MeshRangeServer;
 use crate::admin::{AdminServer, ReadinessCheck};
 use crate::identity::Identity;
 use crate::mesh::{self, Mesh, SharedInventory};

@@ -1,15 +1,17 @@
 //! Transfer of a blob from a peer.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{PieceFetcher, StoreError};
-use crate::model::PeerId;
-use crate::oci::{BlobProof, Digest, VerifyError};
+use super::{PieceMapUpdates, PieceSink, StateSink, StoreError};
+use crate::model::{PeerId, PieceRequest};
+use crate::oci::{BlobProof, Digest, HashChain, PieceLayout, VerifyError};
 
 /// Fetches blobs from admitted peers: small blobs whole, other blobs in pieces.
 #[async_trait]
-pub trait Fetcher: PieceFetcher {
+pub trait Fetcher: Send + Sync + 'static {
     /// Streams the whole blob from `peer` into `sink`, in order, and verifies the digest on the
     /// way.
     ///
@@ -32,6 +34,45 @@ pub trait Fetcher: PieceFetcher {
     /// # Errors
     /// As [`Fetcher::fetch`].
     async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError>;
+
+    /// Fetches the peer's hash chain. A peer without a chain computes it during the request, which
+    /// takes the time to hash the blob. `heard` receives the states as they arrive, each once and
+    /// in order.
+    ///
+    /// # Errors
+    /// [`FetchError`]. The chain is not verified.
+    async fn fetch_hash_chain(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+        sink: StateSink<'_>,
+    ) -> Result<HashChain, FetchError>;
+
+    /// Subscribes to the piece map of the peer.
+    ///
+    /// # Errors
+    /// [`FetchError`]; [`FetchError::Absent`] when the peer has nothing of the blob.
+    async fn follow(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError>;
+
+    /// Passes pieces to `sink` as they arrive, until the peer has sent up to
+    /// [`PieceRequest::limit`] pieces. Fewer pieces, or none, come from a peer that lacks them.
+    ///
+    /// Bounded like [`Fetcher::fetch`]: a peer that sends other pieces, or too slowly for
+    /// long, is dropped.
+    ///
+    /// # Errors
+    /// [`FetchError`]; pieces that ended before the error count.
+    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
+
+    /// Stores the hash chain of a verified blob of this node, for later requests of peers. A fetcher
+    /// without a server stores nothing.
+    fn keep_hash_chain(&self, _chain: Arc<HashChain>) {}
 }
 
 /// Receives fetched bytes, in order.

@@ -9,50 +9,8 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::{BlobMetadata, FetchError, StoreError};
-use crate::model::{Bits, PeerId, PieceMapUpdate, PieceRequest};
-use crate::oci::{BlobProof, Digest, HashChain, HashState, PieceLayout};
-
-/// Requests pieces from admitted peers.
-#[async_trait]
-pub trait PieceFetcher: Send + Sync + 'static {
-    /// Fetches the peer's hash chain. A peer without a chain computes it during the request, which
-    /// takes the time to hash the blob. `heard` receives the states as they arrive, each once and
-    /// in order.
-    ///
-    /// # Errors
-    /// [`FetchError`]. The chain is not verified.
-    async fn fetch_hash_chain(
-        &self,
-        peer: PeerId,
-        digest: Digest,
-        layout: PieceLayout,
-        sink: StateSink<'_>,
-    ) -> Result<HashChain, FetchError>;
-
-    /// Subscribes to the piece map of the peer.
-    ///
-    /// # Errors
-    /// [`FetchError`]; [`FetchError::Absent`] when the peer has nothing of the blob.
-    async fn follow(
-        &self,
-        peer: PeerId,
-        digest: Digest,
-        layout: PieceLayout,
-    ) -> Result<Box<dyn PieceMapUpdates>, FetchError>;
-
-    /// Passes pieces to `sink` as they arrive, until the peer has sent up to
-    /// [`PieceRequest::limit`] pieces. Fewer pieces, or none, come from a peer that lacks them.
-    ///
-    /// Bounded like [`super::Fetcher::fetch`]: a peer that sends other pieces, or too slowly for
-    /// long, is dropped.
-    ///
-    /// # Errors
-    /// [`FetchError`]; pieces that ended before the error count.
-    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
-
-    /// Stores the hash chain of a verified blob of this node, for later requests of peers.
-    fn keep_hash_chain(&self, chain: Arc<HashChain>);
-}
+use crate::model::{Bits, PieceMapUpdate};
+use crate::oci::{BlobProof, Digest, HashChain, HashState};
 
 /// Receives the next states of a hash chain.
 pub type StateSink<'a> = &'a mut (dyn FnMut(&[HashState]) + Send);

@@ -8,10 +8,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use crate::model::PeerId;
-use crate::oci::{BlobProof, Digest, Hasher};
+use crate::model::{PeerId, PieceRequest};
+use crate::oci::{BlobProof, Digest, HashChain, Hasher, PieceLayout};
 use crate::ports::{
-    BlobSink, ContentStore, FetchError, Fetcher, NoPartialBlobs, PartialBlob, PartialBlobs, StoreError,
+    BlobSink, ContentStore, FetchError, Fetcher, NoPartialBlobs, PartialBlob, PartialBlobs, PieceMapUpdates, PieceSink,
+    StateSink, StoreError,
 };
 
 mod pieces;
@@ -179,5 +180,28 @@ impl Fetcher for MemoryFetcher {
     async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
         let (store, _) = self.peer(peer)?;
         Ok(store.blob(digest).await?.map(|blob| blob.size))
+    }
+
+    async fn fetch_hash_chain(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+        sink: StateSink<'_>,
+    ) -> Result<HashChain, FetchError> {
+        self.send_hash_chain(peer, digest, layout, sink).await
+    }
+
+    async fn follow(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        layout: PieceLayout,
+    ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
+        self.send_piece_map(peer, digest, layout).await
+    }
+
+    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+        self.send_pieces(request, sink).await
     }
 }

@@ -26,7 +26,7 @@ use super::{Shared, Transfer};
 use crate::decide::byte_bucket::CHUNK;
 use crate::model::{PeerId, PieceRequest};
 use crate::oci::{BlobProof, Digest, HashChain, Hasher, PieceLayout};
-use crate::ports::{BlobSink, DialError, FetchError, Fetcher, PieceFetcher, PieceMapUpdates, PieceSink, StateSink};
+use crate::ports::{BlobSink, DialError, FetchError, Fetcher, PieceMapUpdates, PieceSink, StateSink};
 use crate::wire::{self, Answer, Request};
 
 #[async_trait]
@@ -51,10 +51,7 @@ impl Fetcher for Transfer {
             Err(error) => Err(error),
         }
     }
-}
 
-#[async_trait]
-impl PieceFetcher for Transfer {
     async fn fetch_hash_chain(
         &self,
         peer: PeerId,

@@ -44,7 +44,7 @@ use crate::model::{Credential, NodeName, Peer, PeerId};
 use crate::oci::{BlobProof, Digest, HashChain, PieceLayout};
 use crate::ports::{
     Admission, AdmittedPeer, BlobSink, Blobs, Dialer, FetchError, Fetcher, LEEWAY, NoPartialBlobs, PartialBlobs,
-    PieceFetcher, Rejection, StoreError,
+    Rejection, StoreError,
 };
 use crate::wire::{self, Answer, Hello, Request, Versions, Welcome};
 

@@ -16,7 +16,7 @@ use lighterman::identity::Identity;
 use lighterman::metrics::Metrics;
 use lighterman::model::{InventoryItem, MeshEvent, Peer, PeerId, PieceMapUpdate};
 use lighterman::oci::{PieceLayout, Reference};
-use lighterman::ports::{Dialer, FetchError, NoPartialBlobs, PartialBlobs, PieceFetcher};
+use lighterman::ports::{Dialer, FetchError, Fetcher, NoPartialBlobs, PartialBlobs};
 use lighterman::testing::image::{MadeImage, put_image};
 use lighterman::testing::{MemoryStore, policy_without_disk_limits};
 use lighterman::transfer::{Config, Transfer, TransferDependencies};

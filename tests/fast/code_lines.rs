@@ -47,8 +47,8 @@ const CAPABILITIES: [(&str, &[&str]); 12] = [
             "agent/recovery/swarm",
             "agent/recovery/downloads",
             "agent/recovery/blob_fetcher",
-            "agent/recovery/fallback_fetcher",
-            "agent/recovery/suspecting_fetcher",
+            "agent/recovery/mesh_range_fetcher",
+            "agent/recovery/peer_fetcher",
         ],
     ),
     (

@@ -8,10 +8,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
 use crate::admission::StaticAdmission;
-use crate::agent::recovery::fallback_fetcher::{FallbackFetcher, MeshRangeServer};
+use crate::agent::recovery::mesh_range_fetcher::MeshRangeServer;
+use crate::agent::recovery::peer_fetcher::PeerFetcher;
 use crate::agent::recovery::progress::Progress;
 use crate::agent::recovery::recover_error::RecoverError;
-use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
 use crate::config::loopback;
 use crate::control::UdpStatus;
 use crate::decide::transport_choice::MAX_BLOB;
@@ -87,14 +87,11 @@ impl MeshNode {
     }
 
     fn recoverer(&self) -> Recoverer {
-        let quic = SuspectingFetcher {
-            transfer: self.transfer.clone(),
-            mesh: self.mesh.clone(),
-            udp: self.inventory.udp().clone(),
-        };
+        let udp = self.inventory.udp().clone();
+        let fetcher = PeerFetcher::new(self.transfer.clone(), self.mesh.clone(), udp, self.metrics.clone());
         RecoveryDependencies {
             peer: self.peer.id,
-            fetcher: Arc::new(FallbackFetcher::new(quic, self.metrics.clone())),
+            fetcher: Arc::new(fetcher),
             inventory: self.inventory.clone(),
             metrics: self.metrics.clone(),
             ..TestNode::new().recovery_dependencies(self.store.clone())

@@ -10,7 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::*;
 use crate::admission::StaticAdmission;
 use crate::agent::peers::udp_state::UdpState;
-use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
+use crate::agent::recovery::peer_fetcher::PeerFetcher;
 use crate::config::loopback;
 use crate::identity::Identity;
 use crate::mesh::{self, Mesh, SharedInventory};
@@ -95,8 +95,7 @@ async fn fetch_from_an_unreachable_peer() {
     let mut changes = node.inventory.changes();
     changes.wait_for(|_| node.inventory.blob_providers(blob) == [peer]).await.unwrap();
 
-    let fetcher =
-        SuspectingFetcher { transfer: node.transfer.clone(), mesh: node.mesh.clone(), udp: UdpState::default() };
+    let fetcher = PeerFetcher::new(node.transfer.clone(), node.mesh.clone(), UdpState::default(), Metrics::new());
     node.transfer.add_peer_address(&theirs.peer);
     let failed = fetcher.fetch(peer, blob, 1, &mut DiscardingSink).await;
     assert!(matches!(failed, Err(FetchError::Absent { .. })), "{failed:?}");

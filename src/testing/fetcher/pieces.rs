@@ -12,8 +12,7 @@ use super::{Behaviour, MemoryFetcher};
 use crate::model::{PeerId, PieceMapUpdate, PieceRequest};
 use crate::oci::{Digest, HashChain, HashChainBuilder, HashState, PieceLayout, VerifyError};
 use crate::ports::{
-    BlobReader, ContentStore, FetchError, PartialBlob, PieceError, PieceFetcher, PieceMapUpdates, PieceSink, StateSink,
-    StoreError,
+    BlobReader, ContentStore, FetchError, PartialBlob, PieceError, PieceMapUpdates, PieceSink, StateSink, StoreError,
 };
 
 /// Bytes of one read.
@@ -94,10 +93,9 @@ const SLOW_CHAIN_DELAY: Duration = Duration::from_secs(20);
 /// States that [`Behaviour::SendsChainSlowly`] sends at once.
 const PREFIX_STATES: usize = 2;
 
-#[async_trait]
-impl PieceFetcher for MemoryFetcher {
+impl MemoryFetcher {
     /// [`Behaviour::Corrupts`] sends the hash chain of the corrupt bytes.
-    async fn fetch_hash_chain(
+    pub(super) async fn send_hash_chain(
         &self,
         peer: PeerId,
         digest: Digest,
@@ -145,7 +143,7 @@ impl PieceFetcher for MemoryFetcher {
             .map_err(|error| FetchError::Protocol { peer, reason: error.to_string() })
     }
 
-    async fn follow(
+    pub(super) async fn send_piece_map(
         &self,
         peer: PeerId,
         digest: Digest,
@@ -159,7 +157,7 @@ impl PieceFetcher for MemoryFetcher {
         })
     }
 
-    async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+    pub(super) async fn send_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
         let PieceRequest { peer, digest, layout, .. } = *request;
         self.record_request(peer);
         let (mut blob, behaviour) = self.open(peer, digest, layout).await?;
@@ -186,8 +184,6 @@ impl PieceFetcher for MemoryFetcher {
         }
         Ok(())
     }
-
-    fn keep_hash_chain(&self, _: Arc<HashChain>) {}
 }
 
 fn to_fetch_error(error: PieceError, peer: PeerId, digest: Digest, piece: u32) -> FetchError {

@@ -4,7 +4,7 @@ use super::pieces::{CollectingSink, PIECE, first_pieces};
 use super::*;
 use crate::model::PieceRequest;
 use crate::oci::PieceLayout;
-use crate::ports::PieceFetcher;
+use crate::ports::Fetcher;
 
 fn numbered(piece: u32, bytes: &[u8]) -> Vec<u8> {
     [&piece.to_be_bytes()[..], bytes].concat()

@@ -5,7 +5,7 @@ use super::pieces::{PIECE, PartialDownload};
 use super::*;
 use crate::model::{Bits, MAX_HAVE_PIECES, PieceMapUpdate};
 use crate::oci::PieceLayout;
-use crate::ports::PieceFetcher;
+use crate::ports::Fetcher;
 use crate::transfer::tuning::MAX_FOLLOWED;
 
 fn bits(pieces: impl IntoIterator<Item = usize>) -> Bits {

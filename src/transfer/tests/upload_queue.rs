@@ -6,7 +6,7 @@ use super::content::handshake;
 use super::pieces::{CollectingSink, PIECE, first_pieces};
 use super::*;
 use crate::model::{MAX_REQUEST_PIECES, PieceRequest};
-use crate::ports::PieceFetcher;
+use crate::ports::Fetcher;
 use crate::transfer::close_codes::{MALFORMED, TOO_SLOW};
 use crate::transfer::tuning::MAX_STREAMS;
 

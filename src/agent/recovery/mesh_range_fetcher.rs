@@ -1,6 +1,4 @@
-//! Fetches over the open transport: QUIC, or ranges over the mesh's TCP connection while UDP is
-//! blocked. [`crate::decide::transport_choice`] chooses for each request, so QUIC is used again as
-//! soon as a probe over UDP is answered.
+//! Fetches over the mesh's TCP connection, in ranges. The transport while UDP is blocked.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,15 +8,12 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-use crate::agent::recovery::suspecting_fetcher::SuspectingFetcher;
-use crate::decide::transport_choice::{
-    MAX_RANGES, MAX_RANGES_OF_A_PEER, PathState, Transport, choose_transport, ranges,
-};
-use crate::mesh::{RangeError, RangeResponse, RangeServer};
+use crate::decide::transport_choice::{MAX_RANGES, MAX_RANGES_OF_A_PEER, ranges};
+use crate::mesh::{Mesh, RangeError, RangeResponse, RangeServer};
 use crate::metrics::Metrics;
 use crate::model::{PeerId, PieceMapUpdate, PieceRequest};
 use crate::oci::{BlobProof, Digest, HashChain, HashState, Hasher, PieceLayout, VerifyError};
-use crate::ports::{BlobSink, FetchError, Fetcher, PieceError, PieceFetcher, PieceMapUpdates, PieceSink, StateSink};
+use crate::ports::{BlobSink, FetchError, Fetcher, PieceError, PieceMapUpdates, PieceSink, StateSink};
 use crate::transfer::Transfer;
 use crate::wire::{Answer, Request};
 
@@ -33,13 +28,15 @@ impl RangeServer for MeshRangeServer {
     }
 }
 
-/// Fetches over both transports.
-pub struct FallbackFetcher {
-    quic: SuspectingFetcher,
+/// Fetches ranges over the mesh.
+pub struct MeshRangeFetcher {
+    mesh: Mesh,
+    /// Counts and limits received bytes, over either transport.
+    transfer: Transfer,
     metrics: Metrics,
-    /// Permits for requests over the mesh, at all peers together.
+    /// Permits for requests at all peers together.
     permits: Semaphore,
-    /// Permits for requests over the mesh at one peer, for peers with requests.
+    /// Permits for requests at one peer, for peers with requests.
     peer_permits: Mutex<HashMap<PeerId, Arc<Semaphore>>>,
 }
 
@@ -54,16 +51,11 @@ struct RangeTarget {
     size: u64,
 }
 
-impl FallbackFetcher {
-    /// Fetches by QUIC, and over the mesh of `quic` while UDP is blocked.
-    pub fn new(quic: SuspectingFetcher, metrics: Metrics) -> Self {
-        Self { quic, metrics, permits: Semaphore::new(MAX_RANGES), peer_permits: Mutex::default() }
-    }
-
-    fn transport(&self, peer: PeerId, size: u64) -> Transport {
-        let SuspectingFetcher { transfer, mesh, udp } = &self.quic;
-        let (quic_open, neighbor) = (transfer.is_connected(peer), mesh.is_connected(peer));
-        choose_transport(size, PathState { udp_blocked: udp.is_blocked(), quic_open, neighbor })
+impl MeshRangeFetcher {
+    /// Fetches over `mesh`, within the download limit of `transfer`.
+    pub fn new(mesh: Mesh, transfer: Transfer, metrics: Metrics) -> Self {
+        let (permits, peer_permits) = (Semaphore::new(MAX_RANGES), Mutex::default());
+        Self { mesh, transfer, metrics, permits, peer_permits }
     }
 
     fn permits_of_peer(&self, peer: PeerId) -> Arc<Semaphore> {
@@ -77,7 +69,7 @@ impl FallbackFetcher {
         let peer_permits = self.permits_of_peer(peer);
         // Neither semaphore is ever closed.
         let (_peer_permit, _permit) = (peer_permits.acquire().await.ok(), self.permits.acquire().await.ok());
-        self.quic.mesh.request_range(peer, request).await.map_err(|error| match error {
+        self.mesh.request_range(peer, request).await.map_err(|error| match error {
             RangeError::NotConnected | RangeError::NoAnswer(_) => {
                 FetchError::Unreachable { peer, silent: false, reason: error.to_string() }
             }
@@ -114,12 +106,12 @@ impl FallbackFetcher {
     async fn fetch_range(&self, target: RangeTarget, offset: u64, length: u64) -> Result<Bytes, FetchError> {
         let request = Request::Get { digest: target.digest, offset, length };
         let bytes = self.request_bytes(target, request, length).await?;
-        self.quic.transfer.account_received(length).await;
+        self.transfer.account_received(length).await;
         self.metrics.fetched_over_tcp(length);
         Ok(bytes)
     }
 
-    async fn blob_over_mesh(&self, target: RangeTarget, sink: &mut dyn BlobSink) -> Result<BlobProof, FetchError> {
+    async fn fetch_blob(&self, target: RangeTarget, sink: &mut dyn BlobSink) -> Result<BlobProof, FetchError> {
         let RangeTarget { peer, digest, size } = target;
         let mut hasher = Hasher::default();
         for (offset, length) in ranges(0, size) {
@@ -130,17 +122,7 @@ impl FallbackFetcher {
         hasher.verify(digest, size).map_err(|source| FetchError::Corrupt { peer, source })
     }
 
-    async fn size_over_mesh(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
-        match self.send_request(peer, Request::Have(digest)).await?.answer {
-            Answer::Blob { size } => Ok(Some(size)),
-            Answer::Absent => Ok(None),
-            Answer::Busy => Err(FetchError::Busy { peer }),
-            Answer::Failed => Err(FetchError::StoreFailed { peer }),
-            other => Err(FetchError::Protocol { peer, reason: format!("answers {other:?} to Have over the mesh") }),
-        }
-    }
-
-    async fn chain_over_mesh(
+    async fn fetch_states(
         &self,
         target: RangeTarget,
         layout: PieceLayout,
@@ -157,7 +139,7 @@ impl FallbackFetcher {
     }
 
     /// Requests the pieces one after the other. The recovery has several requests in flight.
-    async fn pieces_over_mesh(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
+    async fn fetch_pieces_in_order(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
         let PieceRequest { peer, digest, layout, ref pieces, limit } = *request;
         let target = RangeTarget { peer, digest, size: layout.size() };
         for piece in pieces.iter().take(limit.into()) {
@@ -203,7 +185,27 @@ impl PieceMapUpdates for WholeProvider {
 }
 
 #[async_trait]
-impl PieceFetcher for FallbackFetcher {
+impl Fetcher for MeshRangeFetcher {
+    async fn fetch(
+        &self,
+        peer: PeerId,
+        digest: Digest,
+        size: u64,
+        sink: &mut dyn BlobSink,
+    ) -> Result<BlobProof, FetchError> {
+        self.count_failure(self.fetch_blob(RangeTarget { peer, digest, size }, sink).await)
+    }
+
+    async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
+        match self.send_request(peer, Request::Have(digest)).await?.answer {
+            Answer::Blob { size } => Ok(Some(size)),
+            Answer::Absent => Ok(None),
+            Answer::Busy => Err(FetchError::Busy { peer }),
+            Answer::Failed => Err(FetchError::StoreFailed { peer }),
+            other => Err(FetchError::Protocol { peer, reason: format!("answers {other:?} to Have over the mesh") }),
+        }
+    }
+
     async fn fetch_hash_chain(
         &self,
         peer: PeerId,
@@ -211,13 +213,8 @@ impl PieceFetcher for FallbackFetcher {
         layout: PieceLayout,
         on_states: StateSink<'_>,
     ) -> Result<HashChain, FetchError> {
-        match self.transport(peer, layout.size()) {
-            Transport::Quic => self.quic.fetch_hash_chain(peer, digest, layout, on_states).await,
-            Transport::Mesh => {
-                let target = RangeTarget { peer, digest, size: layout.size() };
-                self.count_failure(self.chain_over_mesh(target, layout, on_states).await)
-            }
-        }
+        let target = RangeTarget { peer, digest, size: layout.size() };
+        self.count_failure(self.fetch_states(target, layout, on_states).await)
     }
 
     async fn follow(
@@ -226,48 +223,12 @@ impl PieceFetcher for FallbackFetcher {
         digest: Digest,
         layout: PieceLayout,
     ) -> Result<Box<dyn PieceMapUpdates>, FetchError> {
-        match self.transport(peer, layout.size()) {
-            Transport::Quic => self.quic.follow(peer, digest, layout).await,
-            Transport::Mesh => {
-                let target = RangeTarget { peer, digest, size: layout.size() };
-                self.count_failure(self.request_bytes(target, Request::Have(digest), 0).await)?;
-                Ok(Box::new(WholeProvider { is_reported: false }))
-            }
-        }
+        let target = RangeTarget { peer, digest, size: layout.size() };
+        self.count_failure(self.request_bytes(target, Request::Have(digest), 0).await)?;
+        Ok(Box::new(WholeProvider { is_reported: false }))
     }
 
     async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError> {
-        match self.transport(request.peer, request.layout.size()) {
-            Transport::Quic => self.quic.fetch_pieces(request, sink).await,
-            Transport::Mesh => self.count_failure(self.pieces_over_mesh(request, sink).await),
-        }
-    }
-
-    fn keep_hash_chain(&self, chain: Arc<HashChain>) {
-        self.quic.keep_hash_chain(chain);
-    }
-}
-
-#[async_trait]
-impl Fetcher for FallbackFetcher {
-    async fn fetch(
-        &self,
-        peer: PeerId,
-        digest: Digest,
-        size: u64,
-        sink: &mut dyn BlobSink,
-    ) -> Result<BlobProof, FetchError> {
-        match self.transport(peer, size) {
-            Transport::Quic => self.quic.fetch(peer, digest, size, sink).await,
-            Transport::Mesh => self.count_failure(self.blob_over_mesh(RangeTarget { peer, digest, size }, sink).await),
-        }
-    }
-
-    async fn size_of(&self, peer: PeerId, digest: Digest) -> Result<Option<u64>, FetchError> {
-        // The answer is small, whatever the blob's size.
-        match self.transport(peer, 0) {
-            Transport::Quic => self.quic.size_of(peer, digest).await,
-            Transport::Mesh => self.size_over_mesh(peer, digest).await,
-        }
+        self.count_failure(self.fetch_pieces_in_order(request, sink).await)
     }
 }
