@@ -70,8 +70,8 @@ pub trait Fetcher: Send + Sync + 'static {
     /// [`FetchError`]; pieces that ended before the error count.
     async fn fetch_pieces(&self, request: &PieceRequest, sink: &mut dyn PieceSink) -> Result<(), FetchError>;
 
-    /// Stores the hash chain of a verified blob of this node, for later requests of peers. A fetcher
-    /// without a server stores nothing.
+    /// Stores the hash chain of a verified blob of this node, for later requests of peers. A
+    /// fetcher without a server stores nothing.
     fn keep_hash_chain(&self, _chain: Arc<HashChain>) {}
 }
 
