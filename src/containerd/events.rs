@@ -12,18 +12,17 @@ use tokio_util::sync::CancellationToken;
 use super::ContainerdStore;
 use super::layer_leases::content_event;
 use crate::ports::{ContentEvent, STAGED_BLOB_LIFE, StoreError};
+use crate::util::backoff::Backoff;
 
 /// Pauses between connection attempts. A restarted containerd is back in a second; the longest
 /// pause makes attempts cheap during an outage.
-const MIN_BACKOFF: Duration = Duration::from_millis(200);
-const MAX_BACKOFF: Duration = Duration::from_secs(5);
+const RECONNECTION: Backoff = Backoff { first: Duration::from_millis(200), longest: Duration::from_secs(5) };
 
 impl ContainerdStore {
     /// Follows containerd's events until `stop`, across restarts of containerd, and removes the
     /// leftovers of dropped writers.
     pub async fn run(self, stop: CancellationToken) {
-        let mut backoff = MIN_BACKOFF;
-        let mut logged = false;
+        let mut failures = 0_u32;
         loop {
             let mut connected = false;
             let Err(error) = tokio::select! {
@@ -31,17 +30,16 @@ impl ContainerdStore {
                 ended = self.follow(&mut connected) => ended,
             };
             if connected {
-                (backoff, logged) = (MIN_BACKOFF, false);
+                failures = 0;
             }
-            if !logged {
+            if failures == 0 {
                 tracing::warn!(socket = %self.client.socket().display(), %error, "containerd's events ended; reconnecting");
-                logged = true;
             }
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = sleep(backoff) => {}
+                () = sleep(RECONNECTION.wait(failures)) => {}
             }
-            backoff = (backoff * 2).min(MAX_BACKOFF);
+            failures = failures.saturating_add(1);
         }
     }
 

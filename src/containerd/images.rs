@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep};
 use super::ContainerdStore;
 use crate::oci::{Descriptor, Digest};
 use crate::ports::{ImageRecord, StoreError};
+use crate::util::backoff::Backoff;
 
 /// The CRI plugin sets this label when it has processed a record. Right afterwards the kubelet
 /// finds the image.
@@ -24,8 +25,7 @@ const CRI_NAMESPACE: &str = "k8s.io";
 /// The plugin takes a millisecond (measured), and longer on a busy node. A caller should not wait
 /// longer for an image that is on the node.
 const CRI_SYNC_DEADLINE: Duration = Duration::from_secs(2);
-const FIRST_POLL: Duration = Duration::from_millis(1);
-const LONGEST_POLL: Duration = Duration::from_millis(50);
+const CRI_POLL: Backoff = Backoff { first: Duration::from_millis(1), longest: Duration::from_millis(50) };
 
 impl ContainerdStore {
     pub(super) async fn list_images(&self) -> Result<Vec<ImageRecord>, StoreError> {
@@ -127,16 +127,16 @@ impl ContainerdStore {
     }
 }
 
-/// Whether the condition becomes true within [`NOTICE_DEADLINE`].
+/// Whether the condition becomes true within [`CRI_SYNC_DEADLINE`].
 async fn poll_until<F: Future<Output = Result<bool, Status>>>(condition: impl Fn() -> F) -> Result<bool, Status> {
     let deadline = Instant::now() + CRI_SYNC_DEADLINE;
-    let mut pause = FIRST_POLL;
+    let mut polls = 0;
     while Instant::now() < deadline {
         if condition().await? {
             return Ok(true);
         }
-        sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_POLL);
+        sleep(CRI_POLL.wait(polls)).await;
+        polls += 1;
     }
     Ok(false)
 }

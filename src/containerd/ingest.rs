@@ -20,6 +20,7 @@ use super::client::{MESSAGE_DEADLINE, with_deadline};
 use super::{ContainerdStore, State};
 use crate::oci::Digest;
 use crate::ports::{BlobMetadata, Pin, StoreError};
+use crate::util::backoff::Backoff;
 
 /// Prefix of the agent's refs; the digest follows.
 const REF_PREFIX: &str = "lighterman-";
@@ -30,8 +31,8 @@ const IN_FLIGHT: usize = 2;
 
 /// Pauses between retries. After a cancelled stream containerd writes its buffered bytes:
 /// milliseconds, or as long as a busy disk takes. All pauses together are two seconds.
-pub(super) const MIN_BACKOFF: Duration = Duration::from_millis(4);
-pub(super) const MAX_BACKOFF: Duration = Duration::from_millis(1024);
+pub(super) const SETTLING: Backoff = Backoff { first: Duration::from_millis(4), longest: Duration::from_millis(1024) };
+pub(super) const SETTLING_RETRIES: u32 = 9;
 
 /// A commit syncs the file. The kernel's dirty limits bound the unwritten bytes by a fifth of
 /// memory: some gigabytes at 50 MB/s.
@@ -235,14 +236,13 @@ async fn retry_until_settled<T, F: Future<Output = Result<T, Status>>>(
     is_unsettled: impl Fn(&Status) -> bool,
     attempt: impl Fn() -> F,
 ) -> Result<T, Status> {
-    let mut backoff = MIN_BACKOFF;
-    loop {
+    for failures in 0..SETTLING_RETRIES {
         match attempt().await {
-            Err(status) if is_unsettled(&status) && backoff <= MAX_BACKOFF => sleep(backoff).await,
+            Err(status) if is_unsettled(&status) => sleep(SETTLING.wait(failures)).await,
             settled => return settled,
         }
-        backoff *= 2;
     }
+    attempt().await
 }
 
 fn ref_of(digest: Digest) -> String {

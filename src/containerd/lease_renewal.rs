@@ -16,6 +16,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::ContainerdStore;
 use crate::ports::{Pin, StoreError};
+use crate::util::clock;
 
 /// Most leases of one pin: the last, the one before, and leases whose resources could not be copied
 /// yet. The caller renews at most sixteen times before the former lease ends.
@@ -144,7 +145,7 @@ impl ContainerdStore {
         if !renewals.may_renew(pin) {
             return Err(pin_ended(pin));
         }
-        let now = Instant::now();
+        let now = clock::now();
         let Pin(next) = self.create_lease(life).await?;
         for former in renewals.push(pin, next.clone(), life, now) {
             match self.copy_lease(&former, &next).await {

@@ -10,7 +10,7 @@ use tokio::time::sleep;
 
 use super::ContainerdStore;
 use super::client::{MESSAGE_DEADLINE, with_deadline};
-use super::ingest::{COMMIT_DEADLINE, IngestSlot, MAX_BACKOFF, MIN_BACKOFF, WriteStream, write_request};
+use super::ingest::{COMMIT_DEADLINE, IngestSlot, SETTLING, SETTLING_RETRIES, WriteStream, write_request};
 use super::labels::missing_labels;
 use crate::oci::Digest;
 use crate::ports::{BlobMetadata, Pin, StoreError};
@@ -58,7 +58,7 @@ impl ContainerdStore {
 
     async fn begin_write(&self, slot: &IngestSlot, size: u64, pin: &Pin) -> Result<ApiWriter<'_>, StoreError> {
         let digest = slot.digest();
-        let mut backoff = MIN_BACKOFF;
+        let mut failures = 0;
         let stream = loop {
             let mut stream = self.open_write(slot, size, pin).await?;
             // Another namespace has the blob, or a file has no record: containerd offers the bytes
@@ -70,10 +70,10 @@ impl ContainerdStore {
             match declined.map_err(|status| self.client.blob_error(digest, &status)) {
                 Ok(()) => break stream,
                 // containerd made the offer before detecting the end of the last stream on the ref.
-                Err(StoreError::Busy(_)) if backoff <= MAX_BACKOFF => sleep(backoff).await,
+                Err(StoreError::Busy(_)) if failures < SETTLING_RETRIES => sleep(SETTLING.wait(failures)).await,
                 Err(error) => return Err(error),
             }
-            backoff *= 2;
+            failures += 1;
         };
         let WriteStream { messages, answers, offered: _ } = stream;
         Ok(ApiWriter { store: self, digest, size, confirmed: 0, messages, answers })
